@@ -1,0 +1,166 @@
+"""`TidarModel`: load, generate, stream, save. What a user holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal, overload
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tidar.config import TidarConfig
+from tidar.decode.engine import Answer, Engine, Limits, Update
+from tidar.decode.hf import make_custom_generate
+from tidar.decode.step import Plan
+from tidar.errors import TidarError
+from tidar.model import hub
+from tidar.model.network import Network
+from tidar.prompts import Prompt, encode_prompt
+from tidar.sampling import SamplingParams
+
+Mode = Literal["tidar", "ar"]
+
+
+class TidarModel:
+    """A causal LM that drafts by one-step diffusion and verifies autoregressively in the same forward.
+
+    Build one with `from_pretrained`, or from a `Network` and its tokenizer.
+    """
+
+    def __init__(self, network: Network, tokenizer: PreTrainedTokenizerBase | None, base: str = "") -> None:
+        self.network, self.tokenizer, self.base = network, tokenizer, base
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str, *, drafter: str | None = None, device: str | None = None, dtype: str | None = None
+    ) -> TidarModel:
+        """Load "smollm2-135m", a drafter folder, a model folder or a hub id; arguments as in `model.hub.load`."""
+        return cls(*hub.load(name, drafter=drafter, device=device, dtype=dtype))
+
+    @property
+    def hf_model(self) -> PreTrainedModel:
+        """The transformers model inside; on its own it is the plain causal LM."""
+        return self.network.lm
+
+    @property
+    def config(self) -> TidarConfig | None:
+        return self.network.config
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Every id that ends an answer, by the generation config and the tokenizer."""
+        stored = self.hf_model.generation_config.eos_token_id
+        ids = set(stored if isinstance(stored, list) else [stored])
+        if self.tokenizer is not None:
+            ids.add(self.tokenizer.eos_token_id)
+        return frozenset(i for i in ids if i is not None)
+
+    def plan(self, mode: Mode = "tidar", draft_length: int | None = None, params: SamplingParams | None = None) -> Plan:
+        """Draft length and token choice of a run; the default draft length is the block size of training."""
+        if mode not in ("tidar", "ar"):
+            raise TidarError(f"mode is {mode!r}, but must be 'tidar' or 'ar'")
+        if draft_length is not None and draft_length < 1:
+            raise TidarError(f"draft length is {draft_length}, but must be at least 1")
+        trained = self.config.block_size if self.config is not None else 8
+        length = 1 if mode == "ar" else draft_length or trained
+        return Plan(length, params or SamplingParams(), self.network.device)
+
+    @overload
+    def generate(self, prompts: str, **options: object) -> Answer: ...
+    @overload
+    def generate(self, prompts: Sequence[Prompt], **options: object) -> list[Answer]: ...
+    def generate(self, prompts, *, batch_size=8, on_update=None, **options):  # type: ignore[no-untyped-def]
+        """Answer prompts.
+
+        Args:
+            prompts: one text, or a list whose items are texts or message lists (role/content dictionaries).
+            batch_size: rows decoded together.
+            on_update: called with every `Update` as it comes.
+            **options: as in `stream`.
+
+        Returns:
+            One Answer for one text, else a list in the order of the prompts.
+        """
+        single = isinstance(prompts, str)
+        jobs = [prompts] if single else list(prompts)
+        if batch_size < 1:
+            raise TidarError(f"batch size is {batch_size}, but must be at least 1")
+        engine, limits, encode = self._prepare(**options)
+        ids = [encode(prompt) for prompt in jobs]
+        answers: dict[int, Answer] = {}
+        for updates in engine.run(ids, limits, batch_size):
+            for update in updates:
+                answers[update.answer.row] = update.answer
+                if on_update is not None:
+                    on_update(update)
+        ordered = [answers[row] for row in range(len(ids))]
+        return ordered[0] if single else ordered
+
+    def stream(self, prompt: Prompt, **options: object) -> Iterator[Update]:
+        """Answer one prompt, yielding an `Update` after every forward.
+
+        Args:
+            prompt: a text (sent as a user message through the chat template) or a message list.
+            **options: max_new_tokens (256), temperature (0), top_k, top_p, min_p, seed (0), trust (1), stop (texts),
+                mode ("tidar" or "ar"), draft_length (block size of training), raw (False: use the chat template).
+
+        Raises:
+            TidarError: for options or prompts that cannot be honoured.
+        """
+        engine, limits, encode = self._prepare(**options)  # type: ignore[arg-type]
+        for updates in engine.run([encode(prompt)], limits):
+            yield from updates
+
+    def _prepare(
+        self,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int = 0,
+        trust: float = 1.0,
+        stop: Sequence[str] = (),
+        mode: Mode = "tidar",
+        draft_length: int | None = None,
+        raw: bool = False,
+    ) -> tuple[Engine, Limits, Callable[[Prompt], list[int]]]:
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            raise TidarError("this model folder has no tokenizer, so text prompts cannot be encoded")
+        if max_new_tokens < 1:
+            raise TidarError(f"max_new_tokens is {max_new_tokens}, but must be at least 1")
+        if isinstance(stop, str) or not all(stop):
+            raise TidarError("stop must be a list of texts, none of them empty")
+        params = SamplingParams(temperature, top_k, top_p, min_p, seed, trust)
+        engine = Engine(self.network, self.plan(mode, draft_length, params), tokenizer)
+        return engine, Limits(max_new_tokens, self.eos_ids, tuple(stop)), lambda p: encode_prompt(tokenizer, p, raw)
+
+    def custom_generate(self, mode: Mode = "tidar", draft_length: int | None = None) -> Callable:
+        """A decoding method for transformers: `hf_model.generate(**inputs, custom_generate=m.custom_generate())`."""
+        return make_custom_generate(self.network, lambda params: self.plan(mode, draft_length, params))
+
+    def save_pretrained(self, folder: str | Path, *, with_base: bool | None = None) -> None:
+        """Write a checkpoint that `from_pretrained` reads.
+
+        A lossless conversion is its drafter folder alone (`with_base=False`, the default) or a plain Hugging Face
+        checkpoint with the drafter in `drafter/`; an all-weights model is always the whole checkpoint.
+        """
+        folder, drafter, config = Path(folder), self.network.drafter, self.network.config
+        if drafter is not None and config is not None and not with_base:
+            drafter.save(folder, self.base, config)
+            return
+        if drafter is None and config is not None:
+            self.hf_model.config.tidar = config.to_dict()
+        self.hf_model.save_pretrained(folder, state_dict=base_state_dict(self.hf_model))
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+        if drafter is not None and config is not None:
+            drafter.save(folder / "drafter", str(folder), config)
+
+
+def base_state_dict(model: nn.Module) -> dict:
+    """The causal LM's own tensors, without those of a drafter installed in it."""
+    return {k: v for k, v in model.state_dict().items() if ".lora_A." not in k and ".lora_B." not in k}

@@ -1,0 +1,49 @@
+"""What a checkpoint says about its conversion: the `tidar` entry of `config.json` or `adapter_config.json`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from tidar.errors import TidarError
+
+Objective = Literal["lossless", "paper"]
+
+
+@dataclass(frozen=True)
+class TidarConfig:
+    """How a checkpoint was converted.
+
+    Attributes:
+        block_size: K of training, in tokens. Decoding may use another draft length.
+        objective: "lossless" (base frozen, gated drafter) or "paper" (all weights, Sec. 3.2 of arXiv 2511.08923).
+        mask_token_id: vocabulary id of the mask token, or None where the drafter carries a learned embedding.
+        provenance: free-form record of data, command and versions.
+
+    Raises:
+        TidarError: if a field cannot be meant.
+    """
+
+    block_size: int = 8
+    objective: Objective = "lossless"
+    mask_token_id: int | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.block_size < 2:
+            raise TidarError(f"block_size is {self.block_size}, but a block needs at least 2 tokens")
+        if self.objective not in ("lossless", "paper"):
+            raise TidarError(f"objective is {self.objective!r}, but must be 'lossless' or 'paper'")
+        if self.objective == "paper" and self.mask_token_id is None:
+            raise TidarError(
+                "objective 'paper' trains a vocabulary entry as the mask token, so mask_token_id is needed"
+            )
+
+    @classmethod
+    def from_dict(cls, entry: dict[str, Any]) -> TidarConfig:
+        """Read a stored entry; keys of newer versions are ignored."""
+        known = {f.name for f in fields(cls)}
+        return cls(**{key: value for key, value in entry.items() if key in known})
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,0 +1,195 @@
+"""The loop around `step`: prompts in, tokens and text out as they come, each row ending when it wants to."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from tidar.decode.step import Plan, State, prefill, step
+from tidar.decode.text import TextStream
+from tidar.errors import TidarError
+from tidar.model.network import Network
+
+FinishReason = Literal["stop", "length"]
+REFILL = 8
+"""Waiting prompts join once 1/8 of the batch is free: a prefill for every single row would cost more than it fills."""
+
+
+class Limits(NamedTuple):
+    """When an answer ends: after `max_new_tokens`, at an end-of-sequence id, or before a stop string."""
+
+    max_new_tokens: int
+    eos_ids: frozenset[int] = frozenset()
+    stop: tuple[str, ...] = ()
+
+
+@dataclass
+class Answer:
+    """One row's output, growing while it is decoded.
+
+    Attributes:
+        row: index of the prompt in the job.
+        token_ids: new tokens, an end-of-sequence token included.
+        text: their text without special tokens, cut before a stop string; empty where the engine has no tokenizer.
+        forwards: forward passes spent on this row, the prefill counted.
+        acceptance_lengths: tokens gained by each forward after the prefill (the prefill itself gains one).
+        seconds: from the start of the row's prefill to its last token.
+        finish_reason: "stop" (end of sequence or stop string), "length", or None while running.
+    """
+
+    row: int
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    forwards: int = 0
+    acceptance_lengths: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+    finish_reason: FinishReason | None = None
+
+    @property
+    def new_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def tokens_per_forward(self) -> float:
+        return self.new_tokens / self.forwards
+
+
+class Update(NamedTuple):
+    """What one forward gave one row: its answer so far, and the tokens and text that are new."""
+
+    answer: Answer
+    token_ids: list[int]
+    text: str
+
+
+@dataclass
+class _Row:
+    """A running row: its answer, how many new tokens fit, and the tokens in its cache."""
+
+    answer: Answer
+    stream: TextStream | None
+    room: int
+    length: int
+    started: float
+
+
+class Engine:
+    """Reference engine: eager, any device, rows that accept different numbers of tokens and finish at different times."""
+
+    def __init__(self, network: Network, plan: Plan, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        if plan.drafting and not network.can_draft:
+            raise TidarError("this model has no drafter: convert it with `tidar train`, or decode with mode 'ar'")
+        self.network, self.plan, self.tokenizer = network, plan, tokenizer
+
+    def run(
+        self, prompts: Sequence[list[int]], limits: Limits, batch_size: int | None = None
+    ) -> Iterator[list[Update]]:
+        """Decode prompts (token ids), `batch_size` at a time (default: all); yields every forward's updates.
+
+        Free places in the batch are refilled from the waiting prompts.
+
+        Raises:
+            TidarError: for an empty prompt or one that leaves no room in the model's context, before anything runs.
+        """
+        waiting = deque(self._row(i, prompt, limits) for i, prompt in enumerate(prompts))
+        places = min(batch_size or len(prompts), len(prompts))
+        slots: list[_Row | None] = []
+        state: State | None = None
+        while True:
+            free = range(places) if state is None else [slot for slot, row in enumerate(slots) if row is None]
+            if waiting and len(free) * REFILL >= places:
+                joining = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
+                joined, updates = self._admit([prompts[row.answer.row] for row in joining], joining, limits)
+                if state is None:
+                    state, slots = joined, [*joining]
+                else:
+                    taken = free[: len(joining)]
+                    state.put_rows(torch.tensor(taken, device=self.network.device), joined)
+                    for slot, row in zip(taken, joining, strict=True):
+                        slots[slot] = row
+            elif state is not None and any(slots):
+                updates = self._advance(state, slots, limits)
+            else:
+                return
+            yield updates
+            slots = [row if row is not None and row.answer.finish_reason is None else None for row in slots]
+            if state is not None and not waiting:
+                slots = _compact(state, slots)
+
+    def _row(self, index: int, prompt: list[int], limits: Limits) -> _Row:
+        stream = TextStream(self.tokenizer, limits.stop) if self.tokenizer is not None else None
+        return _Row(Answer(index), stream, _room(self.network, prompt, limits, index), len(prompt), 0.0)
+
+    def _admit(self, prompts: list[list[int]], rows: list[_Row], limits: Limits) -> tuple[State, list[Update]]:
+        started = time.perf_counter()
+        state = prefill(self.network, prompts, [row.answer.row for row in rows], self.plan)
+        for row in rows:
+            row.started = started
+        first = state.drafts[:, :1].tolist()
+        return state, [_extend(row, tokens, limits) for row, tokens in zip(rows, first, strict=True)]
+
+    def _advance(self, state: State, slots: list[_Row | None], limits: Limits) -> list[Update]:
+        longest = max(row.length for row in slots if row is not None)
+        active = torch.tensor([row is not None for row in slots], device=self.network.device)
+        accepted, new = step(self.network, state, self.plan, longest, active)
+        updates = []
+        for row, count, tokens in zip(slots, accepted.tolist(), new.tolist(), strict=True):
+            if row is not None:
+                row.length += count
+                updates.append(_extend(row, tokens[:count], limits))
+        return updates
+
+
+def _room(network: Network, prompt: list[int], limits: Limits, row: int) -> int:
+    """New tokens that fit: the limit, or what the context leaves."""
+    if not prompt:
+        raise TidarError(f"prompt {row + 1} is empty: give at least one token")
+    context = network.max_positions
+    if context is None:
+        return limits.max_new_tokens
+    if len(prompt) >= context:
+        raise TidarError(
+            f"prompt {row + 1} has {len(prompt)} tokens, but the model's context is {context}: shorten it to leave room"
+        )
+    return min(limits.max_new_tokens, context - len(prompt))
+
+
+def _extend(row: _Row, tokens: list[int], limits: Limits) -> Update:
+    """Append a forward's tokens to a row's answer until something ends it."""
+    answer, stream = row.answer, row.stream
+    answer.forwards += 1
+    taken = 0
+    for token in tokens:
+        taken += 1
+        stopped = stream is not None and stream.push(token)
+        if token in limits.eos_ids or stopped:
+            answer.finish_reason = "stop"
+        elif answer.new_tokens + taken >= row.room:
+            answer.finish_reason = "length"
+        if answer.finish_reason is not None:
+            answer.seconds = time.perf_counter() - row.started
+            break
+    answer.token_ids += tokens[:taken]
+    if answer.forwards > 1:
+        answer.acceptance_lengths.append(taken)
+    text = ""
+    if stream is not None:
+        if answer.finish_reason is not None:
+            stream.finish()
+        text, answer.text = stream.take(), stream.text
+    return Update(answer, tokens[:taken], text)
+
+
+def _compact(state: State, slots: list[_Row | None]) -> list[_Row | None]:
+    """Drop free places once they are half of the batch: less often would waste forwards, more often copies."""
+    alive = [slot for slot, row in enumerate(slots) if row is not None]
+    if not alive or len(alive) * 2 > len(slots):
+        return slots
+    state.keep_rows(torch.tensor(alive, device=state.drafts.device))
+    return [slots[slot] for slot in alive]

@@ -1,0 +1,222 @@
+"""Where tokens stand and what they may see: clean tokens plus anchored mask blocks.
+
+Training, prefill and decoding are one picture (paper Figs. 3 and 7). *Clean* tokens come first; then B *blocks* of K
+mask tokens, each hanging off an **anchor**, the clean token after which the block continues. Think of a forest: every
+clean token is a node whose parent is the token before it, and every block is one node (K tokens wide) whose parent is
+its anchor. Then the whole visibility rule is
+
+    a token sees the tokens of its own node and of that node's ancestors.
+
+Clean tokens are causal and never see masks (blocks are leaves), a mask sees its context up to the anchor and its own
+block in both directions, blocks never see each other (siblings), packed documents are separate trees, and a candidate
+tree of drafts is simply a node with several children. Nodes are numbered depth-first, so "is an ancestor of" is an
+interval test on two integers per token, which is what a kernel wants as well:
+
+    visible(q, k)  =  enter[k] <= enter[q] < exit[k]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One forward's tokens: `[clean | block 0 | block 1 | ...]`, N = clean + blocks * block_size, behind a KV prefix.
+
+    All tensors are int64 on one device. B is the batch; rows may differ in everything except the sizes.
+
+    Attributes:
+        depth: [B, N] position of each token relative to the end of the row's prefix.
+        enter: [B, N] depth-first number of the token's node.
+        exit: [B, N] one past the largest number among the node's descendants.
+        anchors: [B, blocks] clean index each block continues from, ascending; -1 is the last token of the prefix.
+        clean: number of clean tokens.
+        block_size: K, mask tokens a block.
+        prefix: [B] tokens already in the KV cache, each visible to every token of the row.
+    """
+
+    depth: Tensor
+    enter: Tensor
+    exit: Tensor
+    anchors: Tensor
+    clean: int
+    block_size: int
+    prefix: Tensor
+
+    @property
+    def size(self) -> int:
+        """N, the tokens (slots) of the forward."""
+        return self.depth.shape[1]
+
+    @property
+    def blocks(self) -> int:
+        return self.anchors.shape[1]
+
+    @property
+    def position(self) -> Tensor:
+        """[B, N] position ids: the prefix, then depth in the tree (masks stand at anchor + 1 .. anchor + K)."""
+        return self.depth + self.prefix[:, None]
+
+    def block(self, index: int) -> slice:
+        """Slice of block `index` along the token axis."""
+        start = self.clean + index * self.block_size
+        return slice(start, start + self.block_size)
+
+    def after(self, prefix: Tensor) -> Layout:
+        """The same tokens behind `prefix` [B] cached tokens a row; a one-row layout is broadcast."""
+        batch = prefix.shape[0]
+        wide = {name: getattr(self, name).expand(batch, -1) for name in ("depth", "enter", "exit", "anchors")}
+        return replace(self, prefix=prefix, **wide)
+
+    def mask_mod(self) -> MaskMod:
+        """FlexAttention predicate (batch, head, query token, key slot) -> visible.
+
+        Key slot s of a row holds its cached prefix for s < prefix, then the tokens of this forward, then nothing.
+        """
+        prefix, enter, exit_, size = self.prefix, self.enter, self.exit, self.size
+
+        def visible(b: Tensor, h: Tensor, q: Tensor, s: Tensor) -> Tensor:
+            k = s - prefix[b]
+            inside = k.clamp(0, size - 1)
+            node = enter[b, q]
+            descends = (enter[b, inside] <= node) & (node < exit_[b, inside])
+            return (k < 0) | ((k < size) & descends)
+
+        return visible
+
+    def dense_mask(self, key_slots: int | None = None) -> Tensor:
+        """[B, 1, N, key_slots] bool, True where visible; without a cache key_slots is N."""
+        device = self.depth.device
+        b = torch.arange(self.depth.shape[0], device=device)[:, None, None, None]
+        q = torch.arange(self.size, device=device)[:, None]
+        s = torch.arange(self.size if key_slots is None else key_slots, device=device)
+        return self.mask_mod()(b, torch.zeros_like(b), q, s)
+
+    def block_mask(self) -> BlockMask:
+        """FlexAttention BlockMask of a forward without a cache."""
+        rows = self.depth.shape[0]
+        return create_block_mask(self.mask_mod(), rows, None, self.size, self.size, device=self.depth.device)
+
+    def targets(self) -> tuple[Tensor, Tensor]:
+        """What each mask should predict: (clean index [B, blocks, K], valid [B, blocks, K] bool).
+
+        The mask at anchor + m predicts the clean token at anchor + m (labels are not shifted, Sec. 3.2). A target is
+        valid where that token exists and continues the anchor's own document; invalid indices are clamped into range.
+        """
+        offsets = torch.arange(1, self.block_size + 1, device=self.depth.device)
+        raw = self.anchors[:, :, None] + offsets
+        index = raw.clamp(max=self.clean - 1)
+        anchor = self.anchors.clamp(min=0)
+        flat = index.flatten(1)
+        node = self.enter.gather(1, flat).view_as(index)
+        same_tree = (self.enter.gather(1, anchor)[..., None] <= node) & (node < self.exit.gather(1, anchor)[..., None])
+        return index, (raw == index) & (same_tree | (self.anchors < 0)[..., None])
+
+
+def chain_layout(
+    clean: int, anchors: Tensor, block_size: int, documents: Tensor | None = None, prefix: Tensor | None = None
+) -> Layout:
+    """Clean tokens in a row, each the child of the one before it, plus one block an anchor.
+
+    Args:
+        clean: number of clean tokens.
+        anchors: [B, blocks] int64, ascending in each row, -1 .. clean - 1.
+        block_size: K.
+        documents: [B, clean] ids of packed documents, equal ids adjacent; a new id starts a new tree at position 0.
+        prefix: [B] cached tokens; none by default.
+    """
+    device, batch = anchors.device, anchors.shape[0]
+    index = torch.arange(clean, device=device).expand(batch, clean)
+    if documents is None:
+        first, last = torch.zeros_like(index), torch.full_like(index, clean - 1)
+    else:
+        starts = torch.ones_like(documents, dtype=torch.bool)
+        starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+        ends = starts.roll(-1, 1)
+        first = torch.where(starts, index, 0).cummax(1).values
+        last = torch.where(ends, index, clean).flip(1).cummin(1).values.flip(1)
+    return _hang_blocks(index - first, last, anchors, block_size, prefix)
+
+
+def tree_layout(parents: Sequence[int], anchors: Tensor, block_size: int, prefix: Tensor | None = None) -> Layout:
+    """Clean tokens as a tree: `parents[i]` < i is the parent of token i, -1 for a root; depth-first order.
+
+    `anchors` is [B, blocks] as in `chain_layout`. Raises ValueError if the order is not depth-first.
+    """
+    depth, last, path = [0] * len(parents), list(range(len(parents))), list[int]()
+    for token, parent in enumerate(parents):
+        while path and path[-1] != parent:
+            path.pop()
+        if parent >= 0 and not path:
+            raise ValueError(f"token {token} follows a branch that does not lead to its parent {parent}")
+        depth[token] = depth[parent] + 1 if parent >= 0 else 0
+        path.append(token)
+        for ancestor in path:
+            last[ancestor] = token
+    rows = torch.tensor([depth, last], device=anchors.device)[:, None].expand(2, anchors.shape[0], -1)
+    return _hang_blocks(rows[0], rows[1], anchors, block_size, prefix)
+
+
+def _hang_blocks(depth: Tensor, last: Tensor, anchors: Tensor, block_size: int, prefix: Tensor | None) -> Layout:
+    """Number the forest depth-first, a token's blocks before its clean children."""
+    batch, clean = depth.shape
+    blocks = anchors.shape[1]
+    index = torch.arange(clean + 1, device=depth.device).expand(batch, clean + 1)
+    # Number of clean token i is i plus the blocks hanging off earlier tokens; block r comes right after its anchor.
+    before = torch.searchsorted(anchors.contiguous(), index.contiguous())
+    number = index + before
+    block_number = anchors + 1 + torch.arange(blocks, device=depth.device)
+    offsets = torch.arange(1, block_size + 1, device=depth.device)
+    anchor_depth = torch.where(anchors < 0, -1, depth.gather(1, anchors.clamp(min=0)) if blocks else anchors)
+    block_depth = (anchor_depth[..., None] + offsets).flatten(1)
+    block_enter = block_number.repeat_interleave(block_size, 1)
+    return Layout(
+        depth=torch.cat((depth, block_depth), 1),
+        enter=torch.cat((number[:, :clean], block_enter), 1),
+        exit=torch.cat((number.gather(1, last + 1), block_enter + 1), 1),
+        anchors=anchors,
+        clean=clean,
+        block_size=block_size,
+        prefix=anchors.new_zeros(batch) if prefix is None else prefix,
+    )
+
+
+def prefill_layout(lengths: Tensor, width: int, block_size: int) -> Layout:
+    """Prompts of `lengths` [B] tokens, right-padded to `width`, one block after each row's last token (Fig. 7).
+
+    Padding is a document of its own, so nothing sees it. block_size 0 leaves the block away (plain causal prefill).
+    """
+    padding = torch.arange(width, device=lengths.device) >= lengths[:, None]
+    anchors = lengths[:, None] - 1 if block_size else lengths.new_empty(len(lengths), 0)
+    return chain_layout(width, anchors, block_size, documents=padding.long())
+
+
+def step_layout(draft_length: int, outcomes: Sequence[int], device: torch.device | str = "cpu") -> Layout:
+    """One decode step (Fig. 3 right): the drafts, then one block per outcome j, "j drafts accepted", 1 <= j <= K.
+
+    One row, no prefix; call `.after(prefix)` each step.
+    """
+    anchors = torch.tensor([[j - 1 for j in sorted(outcomes)]], dtype=torch.long, device=device)
+    return chain_layout(draft_length, anchors, draft_length)
+
+
+def tiled_anchors(clean: int, block_size: int, device: torch.device | str = "cpu") -> Tensor:
+    """[1, blocks] anchors K-1, 2K-1, ... whose blocks tile the rest of the sequence (Fig. 3 left)."""
+    return torch.arange(block_size - 1, clean - 1, block_size, device=device)[None]
+
+
+def random_anchors(allowed: Tensor, blocks: int, generator: torch.Generator | None = None) -> Tensor:
+    """[B, blocks] distinct random anchors a row, ascending, from the positions where `allowed` [B, S] is True.
+
+    A row with fewer allowed positions is filled up with others. Blocks may overlap: they never see each other.
+    """
+    score = torch.rand(allowed.shape, generator=generator, device=allowed.device) + allowed
+    return score.topk(blocks, dim=1).indices.sort(1).values

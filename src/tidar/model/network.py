@@ -1,0 +1,96 @@
+"""A causal LM that can run any `Layout`: clean tokens and mask blocks through the stock transformers modules."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import PreTrainedModel
+
+from tidar.config import TidarConfig
+from tidar.errors import TidarError
+from tidar.layout import Layout
+from tidar.model.drafter import Drafter
+
+
+class Network(nn.Module):
+    """A transformers causal LM, unchanged, plus what drafts for it.
+
+    Attributes:
+        lm: the causal LM (its `attn_implementation` must be "tidar").
+        drafter: the gated drafter of a lossless conversion; None for an all-weights or a plain model.
+        config: how it was converted; None for a plain causal LM, which can only decode autoregressively.
+    """
+
+    def __init__(self, lm: PreTrainedModel, drafter: Drafter | None = None, config: TidarConfig | None = None) -> None:
+        super().__init__()
+        self.lm, self.drafter, self.config = lm, drafter, config
+
+    @property
+    def can_draft(self) -> bool:
+        return self.drafter is not None or (self.config is not None and self.config.mask_token_id is not None)
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm.device
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest context in tokens, None where the model names no limit."""
+        return getattr(self.lm.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.lm.get_submodule(self.lm.base_model_prefix)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.lm.get_input_embeddings()(ids)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of final hidden states [..., H]."""
+        return self.lm.get_output_embeddings()(hidden)
+
+    def mask_vector(self) -> Tensor:
+        """[H] input embedding of a mask token. Raises TidarError for a model that has none."""
+        if self.drafter is not None:
+            return self.drafter.mask_embedding
+        if self.config is not None and self.config.mask_token_id is not None:
+            return self.lm.get_input_embeddings().weight[self.config.mask_token_id]
+        raise TidarError("this model has no mask token, free or learned: convert it first with `tidar train`")
+
+    def forward(
+        self, ids: Tensor, layout: Layout, cache: object | None = None, mask: Tensor | BlockMask | None = None
+    ) -> Tensor:
+        """Run one layout.
+
+        Args:
+            ids: [B, layout.clean] token ids.
+            layout: positions and visibility; its mask blocks are appended to the clean tokens.
+            cache: KV cache whose slots `[prefix, prefix + N)` take this forward's keys (see decode/cache.py).
+            mask: the layout's mask where the caller has it in another form; dense by default.
+
+        Returns:
+            [B, N, H] final hidden states; the first `layout.clean` are the causal model's own.
+        """
+        embedded = self.embed(ids)
+        masks = layout.size - layout.clean
+        if masks:
+            vector = self.mask_vector().to(embedded.dtype)
+            embedded = torch.cat((embedded, vector.expand(len(ids), masks, -1)), 1)
+        if mask is None:
+            mask = layout.dense_mask(None if cache is None else cache.width)  # type: ignore[attr-defined]
+        position = layout.position
+        if self.max_positions is not None:
+            # Masks (and drafts not yet judged) may stand past the context's end; no token there is ever committed.
+            position = position.clamp(max=self.max_positions - 1)
+        with self.drafter.gate.opened(layout.clean) if self.drafter is not None else nullcontext():
+            output = self.backbone(
+                inputs_embeds=embedded,
+                attention_mask=mask,
+                position_ids=position,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
+        return output.last_hidden_state

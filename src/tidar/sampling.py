@@ -1,0 +1,183 @@
+"""Who decides which drafts stand: logits processing, verification, and reproducible randomness.
+
+Everything here is a pure function of tensors. Whatever the drafter proposes, accepted tokens are distributed exactly as
+the *processed* autoregressive distribution p (temperature, top-k, top-p, min-p); greedy decoding is its limit T = 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.generation import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from tidar.errors import TidarError
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_k, top_p, min_p: the usual truncations, None for off; ignored by greedy decoding, which they cannot change.
+        seed: rows draw from streams keyed by (seed, row, position), so a batch equals its rows one by one.
+        trust: beta of the paper's Sec. 3.3: tokens are judged by beta * AR logits + (1 - beta) * diffusion logits.
+            1 is exact AR; anything lower trades exactness for the drafter's opinion.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    seed: int = 0
+    trust: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or more")
+        _require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "at least 1")
+        _require(self.top_p is None or 0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
+        _require(self.min_p is None or 0 <= self.min_p <= 1, "min_p", self.min_p, "in [0, 1]")
+        _require(0 <= self.trust <= 1, "trust", self.trust, "in [0, 1]")
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2^63)")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    def warpers(self) -> LogitsProcessorList:
+        """transformers' own warpers, in the order `generate` applies them."""
+        warpers = LogitsProcessorList()
+        if self.temperature != 1:
+            warpers.append(TemperatureLogitsWarper(float(self.temperature)))
+        if self.top_k is not None:
+            warpers.append(TopKLogitsWarper(self.top_k))
+        if self.top_p is not None and self.top_p < 1:
+            warpers.append(TopPLogitsWarper(self.top_p))
+        if self.min_p is not None:
+            warpers.append(MinPLogitsWarper(self.min_p))
+        return warpers
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Processed distribution, float32, of logits [..., V]; for temperature > 0."""
+        rows = logits.float().flatten(0, -2)
+        return self.warpers()(None, rows).softmax(-1).view(logits.shape)
+
+
+def _require(ok: bool, name: str, value: object, wanted: str) -> None:
+    if not ok:
+        raise TidarError(f"{name} is {value}, but must be {wanted}")
+
+
+class Verdict(NamedTuple):
+    """accepted: [B] int64, j in 1..K drafts that stand; next_token: [B], the correction (j < K) or bonus (j = K)."""
+
+    accepted: Tensor
+    next_token: Tensor
+
+
+def verify_greedy(logits: Tensor, drafts: Tensor) -> Verdict:
+    """Greedy verification: a draft stands while it is the argmax.
+
+    Args:
+        logits: [B, K, V]; logits[:, i] is the AR prediction after draft i.
+        drafts: [B, K]; drafts[:, 0] is already a token of the AR model.
+    """
+    choice = logits.argmax(-1)
+    accepted = _count_prefix(choice[:, :-1] == drafts[:, 1:])
+    return Verdict(accepted, _at(choice, accepted - 1))
+
+
+def verify_sampled(probs: Tensor, drafts: Tensor, draft_probs: Tensor | None, noise: Tensor) -> Verdict:
+    """Rejection sampling (Leviathan et al. 2023; tidar.md Sec. 3): the output is distributed exactly as `probs`.
+
+    Draft d stands with probability min(1, p(d) / q(d)); the first rejected one is redrawn from max(0, p - q), renormalised;
+    if all stand, the bonus is drawn from p.
+
+    Args:
+        probs: [B, K, V] processed AR distributions after each draft.
+        drafts: [B, K]; drafts[:, 0] is already a token of the AR model.
+        draft_probs: [B, K-1, V], the distributions q that drafts[:, 1:] were drawn from; None where drafts were not
+            drawn but chosen (q is then a point mass on them).
+        noise: [B, K] uniform in [0, 1), independent of the drafts.
+    """
+    judged = drafts[:, 1:, None]
+    p_draft = probs[:, :-1].gather(-1, judged)[..., 0]
+    q_draft = 1.0 if draft_probs is None else draft_probs.gather(-1, judged)[..., 0]
+    accepted = _count_prefix(noise[:, :-1] * q_draft < p_draft)
+    p = _at(probs, accepted - 1)
+    # The bonus position has no draft, so q is zero there and p - q is p itself.
+    if draft_probs is None:
+        q = torch.zeros_like(probs[:, :-1]).scatter_(-1, judged, 1.0)
+    else:
+        q = draft_probs
+    q = _at(torch.cat((q, torch.zeros_like(probs[:, :1])), 1), accepted - 1)
+    rest = (p - q).clamp(min=0)
+    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
+    return Verdict(accepted, draw(rest, noise[:, -1]))
+
+
+def verify(
+    params: SamplingParams, logits: Tensor, drafts: Tensor, draft_probs: Tensor | None, noise: Tensor | None
+) -> Verdict:
+    """Judge drafts [B, K] by logits [B, K, V] as `params` asks; K = 1 simply picks the next token."""
+    if params.greedy:
+        return verify_greedy(logits, drafts)
+    assert noise is not None
+    return verify_sampled(params.probabilities(logits), drafts, draft_probs, noise)
+
+
+def draw(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Draw from unnormalised weights [..., V] by inverse CDF with uniform [...] in [0, 1); never a zero-weight index."""
+    cdf = weights.double().cumsum(-1)
+    goal = uniform.double()[..., None] * cdf[..., -1:]
+    return torch.searchsorted(cdf, goal, right=True)[..., 0].clamp(max=weights.shape[-1] - 1)
+
+
+def mix_trust(ar_logits: Tensor, diffusion_logits: Tensor, trust: float) -> Tensor:
+    """beta * ar + (1 - beta) * diffusion (Sec. 3.3), both [B, K, V] for the same next positions."""
+    return trust * ar_logits + (1 - trust) * diffusion_logits
+
+
+def _count_prefix(stands: Tensor) -> Tensor:
+    """1 + the length of the leading run of True in [B, K-1]."""
+    return 1 + stands.long().cumprod(1).sum(1)
+
+
+def _at(values: Tensor, index: Tensor) -> Tensor:
+    """values[b, index[b]] for values [B, K, ...]."""
+    return values[torch.arange(len(values), device=values.device), index]
+
+
+_GAMMA, _MIX1, _MIX2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
+
+
+def _mix64(x: Tensor) -> Tensor:
+    """splitmix64's finaliser on int64 (wrapping multiplication, logical shifts)."""
+    x = (x ^ _shift_right(x, 30)) * _MIX1
+    x = (x ^ _shift_right(x, 27)) * _MIX2
+    return x ^ _shift_right(x, 31)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def row_seeds(seed: int, rows: Tensor) -> Tensor:
+    """[B] int64 stream keys of rows [B] (their index in the whole job, not in the batch)."""
+    return _mix64(_mix64(rows * _GAMMA + _GAMMA) + seed)
+
+
+def uniforms(seeds: Tensor, positions: Tensor, count: int) -> Tensor:
+    """[B, count] float64 in [0, 1), a pure function of (seeds [B], positions [B], index): same on every device."""
+    base = _mix64(seeds + positions * _GAMMA)
+    index = torch.arange(1, count + 1, device=seeds.device) * _GAMMA
+    return _shift_right(_mix64(base[:, None] + index), 11).double() * 2.0**-53
