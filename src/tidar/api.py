@@ -47,15 +47,6 @@ class TidarModel:
     def config(self) -> TidarConfig | None:
         return self.network.config
 
-    @property
-    def eos_ids(self) -> frozenset[int]:
-        """Every id that ends an answer, by the generation config and the tokenizer."""
-        stored = self.hf_model.generation_config.eos_token_id
-        ids = set(stored if isinstance(stored, list) else [stored])
-        if self.tokenizer is not None:
-            ids.add(self.tokenizer.eos_token_id)
-        return frozenset(i for i in ids if i is not None)
-
     def plan(self, mode: Mode = "tidar", draft_length: int | None = None, params: SamplingParams | None = None) -> Plan:
         """Draft length and token choice of a run; the default draft length is the block size of training."""
         if mode not in ("tidar", "ar"):
@@ -136,7 +127,11 @@ class TidarModel:
             raise TidarError("stop must be a list of texts, none of them empty")
         params = SamplingParams(temperature, top_k, top_p, min_p, seed, trust)
         engine = Engine(self.network, self.plan(mode, draft_length, params), tokenizer)
-        return engine, Limits(max_new_tokens, self.eos_ids, tuple(stop)), lambda p: encode_prompt(tokenizer, p, raw)
+        return (
+            engine,
+            Limits(max_new_tokens, self.network.eos_ids, tuple(stop)),
+            lambda p: encode_prompt(tokenizer, p, raw),
+        )
 
     def custom_generate(self, mode: Mode = "tidar", draft_length: int | None = None) -> Callable:
         """A decoding method for transformers: `hf_model.generate(**inputs, custom_generate=m.custom_generate())`."""

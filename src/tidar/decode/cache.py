@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+ROUND = 64
+"""Slots that attention sees come in multiples of this."""
+
 
 class RowCache(Cache):
     """Keys and values [B, H_kv, capacity, D] a layer, and lengths [B].
@@ -28,9 +31,12 @@ class RowCache(Cache):
         self._slots = self._rows
 
     def reserve(self, tokens: int, longest: int) -> None:
-        """Make room for `tokens` behind prefixes of at most `longest`; attention will see `longest + tokens` slots."""
+        """Make room for `tokens` behind prefixes of at most `longest`; attention will see `width` slots.
+
+        The width is rounded up, so that shapes stay the same for many steps: attention libraries plan anew for each.
+        """
         self._slots = self.lengths[:, None] + torch.arange(tokens, device=self.lengths.device)
-        self.width = longest + tokens
+        self.width = -(-(longest + tokens) // ROUND) * ROUND
 
     def update(  # type: ignore[override]
         self, key: Tensor, value: Tensor, layer_idx: int, *args: object, **kwargs: object
@@ -64,13 +70,14 @@ class RowCache(Cache):
         return int(self.lengths.max())
 
 
-def _room(like: Tensor, at_least: int) -> Tensor:
+def _room(like: Tensor, slots: int) -> Tensor:
     """Zeros, not garbage: attention weights of unused slots are zero, and 0 * nan would not be."""
     batch, heads, _, dim = like.shape
-    return like.new_zeros(batch, heads, max(128, at_least), dim)
+    return like.new_zeros(batch, heads, slots, dim)
 
 
 def _grow(tensor: Tensor, capacity: int) -> Tensor:
     if tensor.shape[2] >= capacity:
         return tensor
-    return torch.cat((tensor, _room(tensor, capacity - tensor.shape[2])), 2)
+    more = max(capacity - tensor.shape[2], 2 * ROUND)
+    return torch.cat((tensor, _room(tensor, more)), 2)

@@ -62,7 +62,10 @@ def load(name: str, *, drafter: str | None = None, device: str | None = None, dt
         network.drafter.load(stored.folder)
         network.drafter.to(precision)
     probe(name, network.eval())
-    return Loaded(network, _tokenizer(base), base)
+    tokenizer = _tokenizer(base)
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        lm.generation_config.eos_token_id = sorted({*network.eos_ids, tokenizer.eos_token_id})
+    return Loaded(network, tokenizer, base)
 
 
 def load_base(name: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -145,11 +148,13 @@ def _smollm2_folder() -> str:
     """
     package, file = SMOLLM2_WHEEL
     spec = importlib.util.find_spec(package)  # found, not imported: importing it needs dependencies we do not
-    if spec is None or spec.origin is None or not (Path(spec.origin).parent / file).is_file():
+    folders = [Path(f) for f in spec.submodule_search_locations or ()] if spec is not None else []
+    source = next((folder for folder in folders if (folder / file).is_file()), None)
+    if source is None:
         return SMOLLM2_HUB
     target = cache_folder() / SMOLLM2
     if not (target / "config.json").is_file():
-        _unpack_gguf(Path(spec.origin).parent, file, target)
+        _unpack_gguf(source, file, target)
     return str(target)
 
 

@@ -42,6 +42,12 @@ class Network(nn.Module):
         return getattr(self.lm.config.get_text_config(), "max_position_embeddings", None)
 
     @property
+    def eos_ids(self) -> frozenset[int]:
+        """Ids that end an answer, by the model's generation config (the loader adds the tokenizer's)."""
+        ids = self.lm.generation_config.eos_token_id
+        return frozenset(ids if isinstance(ids, list) else [] if ids is None else [ids])
+
+    @property
     def backbone(self) -> nn.Module:
         return self.lm.get_submodule(self.lm.base_model_prefix)
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from tidar.layout import Layout, chain_layout, tiled_anchors
 from tidar.model.network import Network
 from tidar.train.objective import (
-    TokenTerms,
     acceptance_weights,
     chunked,
     hard_cross_entropy,
@@ -23,12 +22,13 @@ CHUNK = 2048
 
 
 class LossWeights(NamedTuple):
-    """ar_weight and diffusion_weight of the paper's loss; marginal: weight, beside the sampler head's loss, of the loss
-    on the masks' own logits (they pick the head's candidates)."""
+    """ar and diffusion: the paper's two weights. marginal: weight, beside the sampler head's loss, of the loss on the
+    masks' own logits (they pick the head's candidates). teacher_temperature: see `soft_cross_entropy`."""
 
     ar: float = 1.0
     diffusion: float = 1.0
     marginal: float = 0.3
+    teacher_temperature: float = 1.0
 
 
 class Conversion(nn.Module):
@@ -36,10 +36,17 @@ class Conversion(nn.Module):
 
     accepts_loss_kwargs = True  # tells the Trainer that the loss is already divided by the whole batch's counts
 
-    def __init__(self, network: Network, weights: LossWeights | None = None, compiled: bool = False) -> None:
+    def __init__(
+        self,
+        network: Network,
+        weights: LossWeights | None = None,
+        compiled: bool = False,
+        recompute: bool = True,
+    ) -> None:
         super().__init__()
         assert network.config is not None
         self.network, self.weights = network, weights or LossWeights()
+        self.recompute = recompute
         self.block_size, self.objective = network.config.block_size, network.config.objective
         self.soft_terms = torch.compile(soft_cross_entropy) if compiled else soft_cross_entropy
         if compiled:
@@ -47,6 +54,11 @@ class Conversion(nn.Module):
                 layer.compile(dynamic=False)
         block = self.block_size
         self.matches, self.totals = torch.zeros(block), torch.zeros(block)
+
+    def uncompile(self) -> None:
+        """Back to eager layers: decoding has other shapes at every step."""
+        for layer in decoder_layers(self.network):
+            layer._compiled_call_impl = None
 
     def layout(self, batch: dict[str, Tensor]) -> Layout:
         """Random anchors come with the batch; the paper's objective tiles every row."""
@@ -86,26 +98,29 @@ class Conversion(nn.Module):
         teacher = clean.detach().gather(1, flat).flatten(0, 1)
         drafter = self.network.drafter
         assert drafter is not None
-        marginal = self._terms(blocks, teacher)
-        best, loss = marginal, marginal.loss
+        students = [blocks]
         if drafter.sampler_head is not None:
             previous = ids.gather(1, index[..., :-1].flatten(1)).view_as(index[..., :-1])
-            best = self._terms(drafter.sampler_head(blocks, self.network.embed(previous)), teacher)
-            loss = best.loss + self.weights.marginal * marginal.loss
-        self._record(best.match.view_as(index), valid)
-        weights = acceptance_weights(best.overlap.view_as(index), valid)
+            students.append(drafter.sampler_head(blocks, self.network.embed(previous)))
+        *marginal, loss, overlap, match = self._terms(students, teacher)
+        if marginal:
+            loss = loss + self.weights.marginal * marginal[0]
+        self._record(match.view_as(index), valid)
+        weights = acceptance_weights(overlap.view_as(index), valid)
         return (weights * loss.view_as(weights)).sum()
 
-    def _terms(self, student: Tensor, teacher: Tensor) -> TokenTerms:
-        """Token terms of states student [..., H] against teacher [M, H], through the model's own head."""
+    def _terms(self, students: list[Tensor], teacher: Tensor) -> list[Tensor]:
+        """Loss, overlap and match [M] of each student's states [..., H] against teacher [M, H], by the model's own head."""
         head = self.network.head
 
-        def terms(student: Tensor, teacher: Tensor) -> TokenTerms:
+        def terms(teacher: Tensor, *students: Tensor) -> tuple[Tensor, ...]:
             with torch.no_grad():
                 target = head(teacher)
-            return self.soft_terms(head(student), target)
+            return tuple(
+                t for s in students for t in self.soft_terms(head(s), target, self.weights.teacher_temperature)
+            )
 
-        return TokenTerms(*chunked(terms, CHUNK, student.flatten(0, -2), teacher))
+        return chunked(terms, CHUNK, self.recompute, teacher, *[s.flatten(0, -2) for s in students])
 
     def _paper(
         self, batch: dict[str, Tensor], clean: Tensor, blocks: Tensor, index: Tensor, valid: Tensor, counts: Tensor
@@ -114,7 +129,7 @@ class Conversion(nn.Module):
 
         def loss_sum(states: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
             rows = states.flatten(0, -2), labels.flatten()
-            (loss,) = chunked(lambda h, y: hard_cross_entropy(head(h), y), CHUNK, *rows)
+            (loss,) = chunked(lambda h, y: (hard_cross_entropy(head(h), y),), CHUNK, self.recompute, *rows)
             return (loss * counted.flatten()).sum()
 
         labels, counted = _ar_labels(batch)

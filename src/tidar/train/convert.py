@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -27,9 +28,9 @@ from tidar.model.compat import probe
 from tidar.model.drafter import Drafter, DrafterSpec
 from tidar.prompts import read_prompts
 from tidar.train.conversion import Conversion, LossWeights
-from tidar.train.data import Packed, collate, pack, read_samples
+from tidar.train.data import Packed, Sample, collate, pack, read_samples
 from tidar.train.samples import load_samples, save_samples
-from tidar.train.selfgen import self_generate
+from tidar.train.selfgen import Generation, self_generate, self_generate_parallel
 
 
 @dataclass
@@ -50,11 +51,14 @@ class TrainConfig:
     sampler_width: int = 512
     ar_weight: float = 1.0
     diffusion_weight: float = 1.0
+    marginal_weight: float = 0.3
+    teacher_temperature: float = 1.0
     self_generate: bool = True
     answers: Path | None = None
     answers_per_prompt: int = 1
     answer_tokens: int = 256
     generation_batch: int = 8
+    generation_workers: int = 1
     generation_minutes: float | None = None
     steps: int = 1000
     batch_size: int = 8
@@ -67,6 +71,7 @@ class TrainConfig:
     seed: int = 0
     device: str | None = None
     compiled: bool | None = None
+    recompute_logits: bool = True
 
 
 def convert(config: TrainConfig) -> TidarModel:
@@ -84,8 +89,9 @@ def convert(config: TrainConfig) -> TidarModel:
     install_conversion(config, model)
     module = Conversion(
         model.network,
-        LossWeights(config.ar_weight, config.diffusion_weight),
+        LossWeights(config.ar_weight, config.diffusion_weight, config.marginal_weight, config.teacher_temperature),
         compiled=cuda if config.compiled is None else config.compiled,
+        recompute=config.recompute_logits,
     )
     blocks = config.anchors or max(1, config.sequence_length // config.block_size)
     trainer = ConversionTrainer(
@@ -102,6 +108,7 @@ def convert(config: TrainConfig) -> TidarModel:
     record = provenance(config, trainer, facts, seconds)
     model.network.config = TidarConfig(**{**model.network.config.to_dict(), "provenance": record["summary"]})
     model.network.eval()
+    module.uncompile()
     if trainer.is_world_process_zero():
         model.save_pretrained(config.output)
         (config.output / "training.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -181,21 +188,7 @@ def prepare_data(config: TrainConfig, model: TidarModel) -> tuple[Packed, dict[s
     if config.answers is not None and config.answers.exists():
         samples = load_samples(config.answers)
     elif config.self_generate:
-        prompts = [prompt for path in config.data for prompt in read_prompts(path)]
-        samples = self_generate(
-            model.network,
-            tokenizer,
-            prompts,
-            answers=config.answers_per_prompt,
-            max_new_tokens=config.answer_tokens,
-            max_prompt_tokens=max(1, config.sequence_length - config.block_size),
-            batch_size=config.generation_batch,
-            seed=config.seed,
-            eos_ids=model.eos_ids,
-            max_seconds=None if config.generation_minutes is None else 60 * config.generation_minutes,
-        )
-        if config.answers is not None:
-            save_samples(config.answers, samples)
+        samples = _self_generate(config, model)
     else:
         samples = [sample for path in config.data for sample in read_samples(path, tokenizer)]
     packed = pack(samples, config.sequence_length)
@@ -209,6 +202,31 @@ def prepare_data(config: TrainConfig, model: TidarModel) -> tuple[Packed, dict[s
     }
     print(f"data: {facts['samples']:,} samples, {facts['tokens']:,} tokens in {len(packed):,} rows", file=sys.stderr)
     return packed, facts
+
+
+def _self_generate(config: TrainConfig, model: TidarModel) -> list[Sample]:
+    """Let the base model answer the prompts; the answers are kept in a file, which other ranks (and reruns) read."""
+    path = config.answers or config.output / "answers.safetensors"
+    with PartialState().main_process_first():
+        if PartialState().is_main_process:
+            prompts = [prompt for file in config.data for prompt in read_prompts(file)]
+            how = Generation(
+                answers=config.answers_per_prompt,
+                max_new_tokens=config.answer_tokens,
+                max_prompt_tokens=max(1, config.sequence_length - config.block_size),
+                batch_size=config.generation_batch,
+                seed=config.seed,
+                seconds=None if config.generation_minutes is None else 60 * config.generation_minutes,
+            )
+            if config.generation_workers > 1:
+                dtype = str(model.hf_model.dtype).removeprefix("torch.")
+                workers = config.generation_workers
+                samples = self_generate_parallel(config.model, config.device, dtype, prompts, how, workers)
+            else:
+                assert model.tokenizer is not None
+                samples = self_generate(model.network, model.tokenizer, prompts, how)
+            save_samples(path, samples)
+        return load_samples(path)
 
 
 def _arguments(config: TrainConfig, cuda: bool) -> TrainingArguments:

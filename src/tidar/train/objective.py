@@ -13,8 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-Head = Callable[[Tensor], Tensor]
-
 
 class TokenTerms(NamedTuple):
     """Per token, each [M] float32: loss (differentiable), overlap = sum_v min(p, q) in [0, 1], and argmax agreement."""
@@ -24,11 +22,14 @@ class TokenTerms(NamedTuple):
     match: Tensor
 
 
-def soft_cross_entropy(student: Tensor, teacher: Tensor) -> TokenTerms:
-    """Cross-entropy of the drafter's logits [M, V] to the AR model's distribution, softmax of `teacher` [M, V]."""
+def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> TokenTerms:
+    """Cross-entropy of the drafter's logits [M, V] to the AR model's distribution, softmax of `teacher` [M, V].
+
+    A temperature below 1 sharpens the teacher towards the token that greedy decoding will take.
+    """
     student, teacher = student.float(), teacher.float()
     log_q = student.log_softmax(-1)
-    p = teacher.softmax(-1)
+    p = (teacher / temperature).softmax(-1)
     overlap = torch.minimum(p, log_q.detach().exp()).sum(-1)
     match = (student.argmax(-1) == teacher.argmax(-1)).float()
     return TokenTerms(-(p * log_q).sum(-1), overlap, match)
@@ -71,14 +72,13 @@ def paper_loss(
     return (ar_weight * ar + diffusion_weight * diffusion) / (ar_weight + diffusion_weight)
 
 
-def chunked(terms: Callable[..., TokenTerms | Tensor], chunk: int, *inputs: Tensor) -> list[Tensor]:
-    """Apply `terms` to rows of the inputs [M, ...] a chunk at a time, recomputing in the backward pass.
+def chunked(terms: Callable[..., tuple[Tensor, ...]], chunk: int, recompute: bool, *inputs: Tensor) -> list[Tensor]:
+    """Apply `terms` to rows of the inputs [M, ...] a chunk at a time and concatenate its outputs [M].
 
-    Logits of the whole batch never exist at once. Returns the concatenated outputs.
+    With `recompute`, logits are made again in the backward pass, so that those of the whole batch never exist at once.
     """
     outputs = []
     for start in range(0, len(inputs[0]), chunk):
         piece = [x[start : start + chunk] for x in inputs]
-        result = checkpoint(terms, *piece, use_reentrant=False)
-        outputs.append(result if isinstance(result, tuple) else (result,))
+        outputs.append(checkpoint(terms, *piece, use_reentrant=False) if recompute else terms(*piece))
     return [torch.cat(parts) for parts in zip(*outputs, strict=True)]

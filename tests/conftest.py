@@ -1,0 +1,11 @@
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports transformers
+
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+settings.register_profile("default", deadline=None, max_examples=50)
+settings.register_profile("ci", parent=settings.get_profile("default"), derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "default")

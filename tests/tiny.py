@@ -1,0 +1,53 @@
+"""Tiny random causal LMs, with and without a drafter: sharp enough that argmaxes are decided by wide margins."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from tidar.config import TidarConfig
+from tidar.model import attention
+from tidar.model.drafter import Drafter, DrafterSpec
+from tidar.model.network import Network
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma", "gpt_neox")
+VOCABULARY, CONTEXT = 97, 128
+
+
+def tiny_lm(
+    arch: str,
+    seed: int = 0,
+    *,
+    vocabulary: int = VOCABULARY,
+    spread: float = 0.4,
+    attn_implementation: str = attention.NAME,
+) -> PreTrainedModel:
+    """A frozen random causal LM of 2 layers in float32 without special tokens; `spread` is its initializer_range."""
+    grouped = {} if arch == "gpt_neox" else {"num_key_value_heads": 2, "head_dim": 8}
+    config = AutoConfig.for_model(
+        arch,
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=CONTEXT,
+        initializer_range=spread,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+        **grouped,
+    )
+    torch.manual_seed(seed)
+    lm = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation, dtype=torch.float32)
+    return lm.eval().requires_grad_(False)
+
+
+def tiny_network(arch: str, draft: bool = True, seed: int = 0, block_size: int = 4, **options: object) -> Network:
+    """`tiny_lm` as a Network; with `draft`, behind a drafter whose every part is random, so that it really acts."""
+    lm = tiny_lm(arch, seed, **options)
+    if not draft:
+        return Network(lm).eval()
+    drafter = Drafter(lm, DrafterSpec(rank=4, alpha=8.0, sampler_width=8))
+    silent = {name: p for name, p in drafter.named_parameters() if "lora_B" in name or name == "sampler_head.out.weight"}
+    for parameter in (*silent.values(), drafter.mask_embedding):
+        torch.nn.init.normal_(parameter, std=0.3)
+    return Network(lm, drafter, TidarConfig(block_size=block_size)).eval()
