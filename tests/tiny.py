@@ -1,6 +1,9 @@
 """Tiny random causal LMs, with and without a drafter: sharp enough that argmaxes are decided by wide margins."""
 
+from functools import cache
+
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tidar.config import TidarConfig
@@ -47,7 +50,34 @@ def tiny_network(arch: str, draft: bool = True, seed: int = 0, block_size: int =
     if not draft:
         return Network(lm).eval()
     drafter = Drafter(lm, DrafterSpec(rank=4, alpha=8.0, sampler_width=8))
-    silent = {name: p for name, p in drafter.named_parameters() if "lora_B" in name or name == "sampler_head.out.weight"}
-    for parameter in (*silent.values(), drafter.mask_embedding):
+    silent = [p for name, p in drafter.named_parameters() if "lora_B" in name or name == "sampler_head.out.weight"]
+    for parameter in (*silent, drafter.mask_embedding):
         torch.nn.init.normal_(parameter, std=0.3)
     return Network(lm, drafter, TidarConfig(block_size=block_size)).eval()
+
+
+network_of = cache(tiny_network)
+"""The network of an architecture, shared by tests that leave it as it is."""
+
+plain_of = cache(lambda arch: tiny_lm(arch, attn_implementation="eager"))
+"""Its base model as transformers alone would have it."""
+
+
+def some_prompt(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+PROMPTS = [some_prompt(length, seed) for seed, length in enumerate((6, 1, 17, 2, 9))]
+
+
+def generate(lm: PreTrainedModel, ids: Tensor, mask: Tensor | None = None, **options: object) -> Tensor:
+    """transformers' generate, greedy unless told otherwise."""
+    mask = torch.ones_like(ids) if mask is None else mask
+    return lm.generate(ids, attention_mask=mask, **{"do_sample": False, **options})
+
+
+@cache
+def continuations(arch: str, new: int = 100) -> list[list[int]]:
+    """Greedy continuations of PROMPTS by the plain model and transformers' generate, one prompt at a time."""
+    rows = [torch.tensor([prompt]) for prompt in PROMPTS]
+    return [generate(plain_of(arch), row, max_new_tokens=new)[0, row.shape[1] :].tolist() for row in rows]

@@ -62,8 +62,8 @@ def main() -> None:
                     row["identical_to_ar"] = same
                 rows.append(row)
                 print(row, file=sys.stderr)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"conditions": conditions(model, args), "rows": rows}, indent=1) + "\n")
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                args.out.write_text(json.dumps({"conditions": conditions(model, args), "rows": rows}, indent=1) + "\n")
 
 
 def read_set(text: str) -> tuple[str, list[Prompt]]:

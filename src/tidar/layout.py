@@ -210,7 +210,7 @@ def step_layout(draft_length: int, outcomes: Sequence[int], device: torch.device
 
 def tiled_anchors(clean: int, block_size: int, device: torch.device | str = "cpu") -> Tensor:
     """[1, blocks] anchors K-1, 2K-1, ... whose blocks tile the rest of the sequence (Fig. 3 left)."""
-    return torch.arange(block_size - 1, clean - 1, block_size, device=device)[None]
+    return torch.arange(block_size - 1, max(clean, block_size) - 1, block_size, device=device)[None]
 
 
 def random_anchors(allowed: Tensor, blocks: int, generator: torch.Generator | None = None) -> Tensor:

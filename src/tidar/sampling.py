@@ -68,7 +68,7 @@ class SamplingParams:
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Processed distribution, float32, of logits [..., V]; for temperature > 0."""
-        rows = logits.float().flatten(0, -2)
+        rows = logits.float().reshape(-1, logits.shape[-1])
         return self.warpers()(None, rows).softmax(-1).view(logits.shape)
 
 

@@ -56,7 +56,9 @@ def make_custom_generate(network: Network, plan: Callable[[SamplingParams], Plan
         if streamer is not None:
             streamer.end()
         width = max(map(len, answers.values()))
-        pad = generation_config.pad_token_id or 0
+        pad = generation_config.pad_token_id
+        if pad is None:
+            pad = min(_eos(generation_config), default=0)
         new = [answers[i] + [pad] * (width - len(answers[i])) for i in range(len(rows))]
         return torch.cat((input_ids, torch.tensor(new, device=input_ids.device)), 1)
 

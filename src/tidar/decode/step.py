@@ -93,6 +93,9 @@ def step(
         accepted [B], how many drafts stood (1..K), and new tokens [B, K]: row b gained new[b, :accepted[b]], that is
         drafts 2..j and the verifier's own next token.
     """
+    if active is not None:
+        # A finished row may be longer than `longest`: it has no prefix any more, and writes at the front of its slots.
+        state.cache.lengths = torch.where(active, state.cache.lengths, 0)
     cache, layout, drafts = state.cache, plan.layout.after(state.cache.lengths), state.drafts
     cache.reserve(layout.size, longest)
     hidden = network(drafts, layout, cache)

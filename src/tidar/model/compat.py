@@ -25,8 +25,23 @@ def check_config(name: str, config: PretrainedConfig) -> None:
         raise TidarError(f"{name} has sliding-window attention ({window} tokens), which tidar does not handle yet")
 
 
-@torch.inference_mode()
 def probe(name: str, network: Network) -> None:
+    """Refuse a model that cannot carry mask blocks, by running it on a few tokens (see `_probe`).
+
+    Raises:
+        TidarError: naming what it does wrong.
+    """
+    try:
+        _probe(name, network)
+    except TidarError:
+        raise
+    except Exception as error:  # whatever foreign model code makes of a 4-D mask, position ids or a gated layer
+        text = str(error).strip().splitlines() or [type(error).__name__]
+        raise TidarError(f"{name} cannot run with tidar's attention mask and positions: {text[0]}") from error
+
+
+@torch.inference_mode()
+def _probe(name: str, network: Network) -> None:
     """Run tiny inputs and refuse a model that ignores our mask or position ids, or whose head we would skip.
 
     Checks that (1) backbone + output embedding are the model's logits, (2) clean tokens do not notice mask blocks, and

@@ -52,7 +52,11 @@ class GatedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
         start = self.gate.start
-        if start is None or start >= x.shape[1]:
+        if start is None:
+            return y
+        if x.dim() != 3:
+            raise TidarError("a linear layer sees its tokens flattened, so mask tokens cannot be told apart there")
+        if start >= x.shape[1]:
             return y
         low_rank = F.linear(x[:, start:], self.lora_A.weight.to(x.dtype))
         delta = F.linear(low_rank, self.lora_B.weight.to(x.dtype)) * self.scaling

@@ -80,7 +80,7 @@ def load_base(name: str, dtype: torch.dtype) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, attn_implementation=attention.NAME, use_safetensors=True
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise TidarError(f"{name} does not load as a causal language model: {_first_line(error)}") from error
     return model.requires_grad_(False)
 

@@ -1,0 +1,283 @@
+"""Decoding is lossless: token for token generate's greedy output, and the AR distribution when sampling."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from chi_square import assert_drawn_from
+from tidar.config import TidarConfig
+from tidar.decode.engine import Answer, Engine, Limits
+from tidar.decode.step import Plan, Propose
+from tidar.layout import chain_layout, prefill_layout
+from tidar.model.network import Network
+from tidar.model.propose import propose as drafter_propose
+from tidar.sampling import SamplingParams
+from tiny import (
+    ARCHITECTURES,
+    CONTEXT,
+    PROMPTS,
+    VOCABULARY,
+    continuations,
+    generate,
+    network_of,
+    plain_of,
+    some_prompt,
+    tiny_lm,
+    tiny_network,
+)
+
+NEW = 24
+
+every_architecture = pytest.mark.parametrize("arch", ARCHITECTURES)
+
+
+def decode(
+    network: Network,
+    prompts: list[list[int]],
+    draft_length: int = 4,
+    new: int = NEW,
+    *,
+    eos: int | None = None,
+    propose: Propose = drafter_propose,
+    batch_size: int | None = None,
+    **params,
+) -> list[Answer]:
+    engine = Engine(network, Plan(draft_length, SamplingParams(**params), network.device, propose))
+    limits = Limits(new, frozenset() if eos is None else frozenset([eos]))
+    answers = {u.answer.row: u.answer for updates in engine.run(prompts, limits, batch_size) for u in updates}
+    return [answers[row] for row in range(len(prompts))]
+
+
+def tokens(answers: list[Answer]) -> list[list[int]]:
+    return [answer.token_ids for answer in answers]
+
+
+class Oracle:
+    """Proposes what the model will say, each draft spoilt with probability `error` (of all, or of each place [K]).
+
+    It tells its place by the states of the block's masks: they depend on the tokens up to the block's anchor alone, and
+    are the same in one big training layout over all prompts with their continuations.
+    """
+
+    def __init__(self, network: Network, arch: str, draft_length: int, error: float | Tensor = 0.0) -> None:
+        self.error, self.generator = error, torch.Generator().manual_seed(0)
+        states, drafts = [], []
+        for prompt, continuation in zip(PROMPTS, continuations(arch), strict=True):
+            text = torch.tensor(prompt + continuation)
+            anchors = torch.arange(len(prompt) - 1, len(text) - draft_length)
+            layout = chain_layout(len(text), anchors[None], draft_length)
+            blocks = network(text[None], layout)[0, layout.clean :]
+            states.append(blocks.view(len(anchors), -1))
+            drafts.append(text[anchors[:, None] + torch.arange(1, draft_length + 1)])
+        self.states, self.drafts = torch.cat(states), torch.cat(drafts)
+
+    def __call__(self, network, block, first, params, noise):
+        place = torch.cdist(block.flatten(1), self.states).argmin(1)
+        drafts = self.drafts[place]
+        spoilt = torch.rand(drafts.shape, generator=self.generator) < self.error
+        drafts = torch.where(spoilt, (drafts + 1) % VOCABULARY, drafts)
+        return torch.cat((first[:, None], drafts[:, 1:]), 1), None
+
+
+def guess(network, block, first, params, noise):
+    """Proposes anything."""
+    drafts = torch.randint(network.lm.config.vocab_size, block.shape[:2])
+    return torch.cat((first[:, None], drafts[:, 1:]), 1), None
+
+
+PROPOSERS: dict[str, Callable[[Network, str, int], Propose]] = {
+    "drafter": lambda network, arch, draft_length: drafter_propose,
+    "oracle": Oracle,
+    "spoilt oracle": lambda network, arch, draft_length: Oracle(network, arch, draft_length, error=1 / 3),
+    "guess": lambda network, arch, draft_length: guess,
+}
+
+
+@torch.no_grad()
+def proposer(name: str, arch: str, draft_length: int) -> Propose:
+    return PROPOSERS[name](network_of(arch), arch, draft_length)
+
+
+@every_architecture
+@pytest.mark.parametrize("name", PROPOSERS)
+@pytest.mark.parametrize("draft_length", [2, 3, 5, 8])
+def test_greedy_output_is_that_of_generate(arch, name, draft_length):
+    """In one batch of prompts of different lengths, with draft lengths that the drafter was not made for."""
+    assert network_of(arch).config.block_size not in (2, 3, 5, 8)
+    answers = decode(network_of(arch), PROMPTS, draft_length, propose=proposer(name, arch, draft_length))
+    assert tokens(answers) == [continuation[:NEW] for continuation in continuations(arch)]
+
+
+@pytest.mark.parametrize("kind", ["no sampler head", "paper"])
+def test_greedy_output_is_that_of_generate_for_every_kind_of_conversion(kind):
+    if kind == "paper":
+        network = Network(tiny_lm("llama"), config=TidarConfig(4, "paper", mask_token_id=VOCABULARY - 1))
+    else:
+        network = tiny_network("llama")
+        network.drafter.sampler_head = None
+    assert tokens(decode(network, PROMPTS, 3)) == [continuation[:NEW] for continuation in continuations("llama")]
+
+
+def test_greedy_output_is_that_of_generate_through_a_long_answer():
+    answers = decode(network_of("llama"), PROMPTS, 8, 90, propose=proposer("oracle", "llama", 8))
+    assert tokens(answers) == [continuation[:90] for continuation in continuations("llama")]
+
+
+@settings(max_examples=25)
+@given(st.data())
+def test_greedy_output_does_not_depend_on_how_it_is_batched(data):
+    """Any prompts in any order, with places refilled as rows end at different times."""
+    rows = data.draw(st.lists(st.integers(0, len(PROMPTS) - 1), min_size=1, max_size=7))
+    eos = data.draw(st.none() | st.sampled_from(continuations("llama")[0]))
+    draft_length = data.draw(st.sampled_from([1, 3, 6]))
+    answers = decode(
+        network_of("llama"),
+        [PROMPTS[row] for row in rows],
+        draft_length,
+        eos=eos,
+        propose=proposer("spoilt oracle", "llama", draft_length),
+        batch_size=data.draw(st.integers(1, 8)),
+    )
+    assert tokens(answers) == [until(continuations("llama")[row][:NEW], eos) for row in rows]
+
+
+def until(tokens: list[int], eos: int | None) -> list[int]:
+    return tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, None])
+@pytest.mark.parametrize("draft_length", [1, 4])
+def test_sampled_rows_do_not_depend_on_their_batch(draft_length, batch_size):
+    sampled = {"temperature": 0.8, "top_p": 0.95, "seed": 3}
+    network, jobs = network_of("llama"), PROMPTS * 2
+    alone = decode(network, jobs, draft_length, batch_size=1, **sampled)
+    together = decode(network, jobs, draft_length, batch_size=batch_size, **sampled)
+    assert tokens(together) == tokens(alone)
+    assert tokens(alone)[:5] != tokens(alone)[5:]  # the same prompt in another row is another draw
+
+
+def test_seed_decides_the_sample():
+    runs = [tokens(decode(network_of("llama"), PROMPTS, temperature=0.8, seed=seed)) for seed in (1, 1, 2)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_finished_long_row_does_not_disturb_the_others():
+    """It stays in the batch until half of its places are free, its cache fuller than the rest will ever need."""
+    network, long = network_of("llama"), some_prompt(CONTEXT - 8)
+    eos = decode(network, [long], new=1)[0].token_ids[0]
+    answers = decode(network, [long, *PROMPTS[:2]], 8, eos=eos)
+    assert tokens(answers) == [[eos], *(until(continuations("llama")[row][:NEW], eos) for row in (0, 1))]
+
+
+@pytest.mark.parametrize("new", [1, 2, 7, 13])
+def test_limit_inside_a_block_cuts_the_answer(new):
+    answers = decode(network_of("llama"), PROMPTS, 5, new, propose=proposer("oracle", "llama", 5))
+    assert tokens(answers) == [continuation[:new] for continuation in continuations("llama")]
+    assert all(answer.finish_reason == "length" for answer in answers)
+
+
+@every_architecture
+def test_end_of_sequence_inside_a_block_ends_the_answer(arch):
+    continuation = continuations(arch)[2]
+    place = next(i for i in (12, 11, 10, 13, 14, 9) if continuation.index(continuation[i]) == i)  # inside for K = 8
+    eos = continuation[place]
+    answer, *_ = decode(network_of(arch), PROMPTS[2:3], 8, eos=eos, propose=proposer("oracle", arch, 8))
+    assert answer.finish_reason == "stop"
+    assert answer.forwards == 3
+    ids = torch.tensor(PROMPTS[2:3])
+    wanted = generate(plain_of(arch), ids, max_new_tokens=NEW, eos_token_id=eos, pad_token_id=0)
+    assert answer.token_ids == wanted[0, ids.shape[1] :].tolist() == continuation[: place + 1]
+
+
+def test_answer_ends_with_the_context():
+    prompt = some_prompt(CONTEXT - 10)
+    answer = decode(network_of("llama"), [prompt], 8)[0]
+    wanted = generate(plain_of("llama"), torch.tensor([prompt]), max_new_tokens=10)[0, len(prompt) :].tolist()
+    assert answer.token_ids == wanted
+    assert answer.finish_reason == "length"
+
+
+@pytest.mark.parametrize("draft_length", [2, 5, 8])
+def test_right_drafts_gain_a_whole_block_a_forward(draft_length):
+    new = 1 + 3 * draft_length
+    oracle = proposer("oracle", "qwen3", draft_length)
+    for answer in decode(network_of("qwen3"), PROMPTS, draft_length, new, propose=oracle):
+        assert answer.acceptance_lengths == [draft_length] * 3
+        assert answer.tokens_per_forward == new / 4
+
+
+@pytest.mark.parametrize("right", [1, 2, 3, 4])
+@torch.no_grad()
+def test_drafts_stand_up_to_the_first_wrong_one_and_the_next_ones_continue_from_there(right):
+    network, wrong = network_of("gemma"), torch.arange(5) == right
+    for answer in decode(network, PROMPTS, 5, propose=Oracle(network, "gemma", 5, error=wrong.float())):
+        *lengths, last = answer.acceptance_lengths
+        assert set(lengths) == {right}
+        assert last <= right
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 1.0}])
+def test_autoregressive_mode_gains_one_token_a_forward(params):
+    for answer in decode(network_of("llama", draft=False), PROMPTS, 1, **params):
+        assert answer.forwards == answer.new_tokens == NEW
+        assert answer.acceptance_lengths == [1] * (NEW - 1)
+
+
+@pytest.mark.parametrize("name", PROPOSERS)
+def test_acceptance_lengths_add_up_to_the_answer(name):
+    for answer in decode(network_of("llama"), PROMPTS, 5, propose=proposer(name, "llama", 5)):
+        assert 1 + sum(answer.acceptance_lengths) == answer.new_tokens
+        assert 1 + len(answer.acceptance_lengths) == answer.forwards
+        assert all(1 <= length <= 5 for length in answer.acceptance_lengths)
+
+
+@pytest.mark.parametrize("trust", [0.0, 0.5])
+@torch.no_grad()
+def test_trust_mixes_in_the_first_mask_after_the_context(trust):
+    network, context = network_of("llama"), PROMPTS[0]
+    wanted = []
+    for _ in range(8):
+        length = len(context) + len(wanted)
+        states = network(torch.tensor([context + wanted]), prefill_layout(torch.tensor([length]), length, 4))
+        ar, diffusion = network.head(states[0, length - 1 : length + 1])
+        wanted.append(int((trust * ar + (1 - trust) * diffusion).argmax()))
+    assert tokens(decode(network, [context], new=8, trust=trust)) == [wanted]
+
+
+SMALL, ROWS = 11, 3000
+PROCESSED = {
+    "plain": {"temperature": 1.0},
+    "top-k": {"temperature": 0.7, "top_k": 4},
+    "top-p and min-p": {"temperature": 1.5, "top_p": 0.8, "min_p": 0.1},
+}
+
+
+@pytest.mark.parametrize("params", PROCESSED.values(), ids=PROCESSED)
+@pytest.mark.parametrize("drafter", ["whole", "no sampler head", "guess"])
+def test_sampled_tokens_have_the_distribution_of_the_model(params, drafter):
+    """End to end: every pair of neighbours among the first four tokens, over many rows of one prompt."""
+    network, prompt = tiny_network("llama", vocabulary=SMALL, spread=0.25), [3, 1, 4]
+    if drafter == "no sampler head":
+        network.drafter.sampler_head = None
+    propose = guess if drafter == "guess" else drafter_propose
+    drawn = torch.tensor(tokens(decode(network, [prompt] * ROWS, 3, 4, propose=propose, **params)))
+    joint = exact_joint(network, prompt, SamplingParams(**params), 4)
+    for place in range(3):
+        pairs = (drawn[:, place] * SMALL + drawn[:, place + 1]).bincount(minlength=SMALL**2)
+        others = [axis for axis in range(4) if axis not in (place, place + 1)]
+        assert_drawn_from(pairs, joint.sum(others))
+
+
+@torch.no_grad()
+def exact_joint(network: Network, prompt: list[int], params: SamplingParams, new: int) -> Tensor:
+    """[V] * new: probability of every continuation of `new` tokens, from the plain model."""
+    joint, texts = torch.ones(()), torch.tensor([prompt])
+    for _ in range(new):
+        probs = params.probabilities(network.lm(texts).logits[:, -1])
+        joint = joint[..., None] * probs.view(*joint.shape, SMALL)
+        texts = torch.cat((texts.repeat_interleave(SMALL, 0), torch.arange(SMALL).repeat(len(texts))[:, None]), 1)
+    return joint
