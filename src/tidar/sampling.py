@@ -97,10 +97,10 @@ def verify_greedy(logits: Tensor, drafts: Tensor) -> Verdict:
 
 
 def verify_sampled(probs: Tensor, drafts: Tensor, draft_probs: Tensor | None, noise: Tensor) -> Verdict:
-    """Rejection sampling (Leviathan et al. 2023; tidar.md Sec. 3): the output is distributed exactly as `probs`.
+    """Rejection sampling (Leviathan et al. 2023): the output is distributed exactly as `probs`.
 
-    Draft d stands with probability min(1, p(d) / q(d)); the first rejected one is redrawn from max(0, p - q), renormalised;
-    if all stand, the bonus is drawn from p.
+    Draft d stands with probability min(1, p(d) / q(d)); the first rejected one is redrawn from max(0, p - q),
+    renormalised; if all stand, the bonus is drawn from p.
 
     Args:
         probs: [B, K, V] processed AR distributions after each draft.
@@ -115,10 +115,7 @@ def verify_sampled(probs: Tensor, drafts: Tensor, draft_probs: Tensor | None, no
     accepted = _count_prefix(noise[:, :-1] * q_draft < p_draft)
     p = _at(probs, accepted - 1)
     # The bonus position has no draft, so q is zero there and p - q is p itself.
-    if draft_probs is None:
-        q = torch.zeros_like(probs[:, :-1]).scatter_(-1, judged, 1.0)
-    else:
-        q = draft_probs
+    q = torch.zeros_like(probs[:, :-1]).scatter_(-1, judged, 1.0) if draft_probs is None else draft_probs
     q = _at(torch.cat((q, torch.zeros_like(probs[:, :1])), 1), accepted - 1)
     rest = (p - q).clamp(min=0)
     rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
@@ -136,7 +133,7 @@ def verify(
 
 
 def draw(weights: Tensor, uniform: Tensor) -> Tensor:
-    """Draw from unnormalised weights [..., V] by inverse CDF with uniform [...] in [0, 1); never a zero-weight index."""
+    """Draw from unnormalised weights [..., V] by inverse CDF, uniform [...] in [0, 1); never a zero-weight index."""
     cdf = weights.double().cumsum(-1)
     goal = uniform.double()[..., None] * cdf[..., -1:]
     return torch.searchsorted(cdf, goal, right=True)[..., 0].clamp(max=weights.shape[-1] - 1)

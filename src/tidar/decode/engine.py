@@ -80,7 +80,7 @@ class _Row:
 
 
 class Engine:
-    """Reference engine: eager, any device, rows that accept different numbers of tokens and finish at different times."""
+    """Reference engine: eager, on any device; rows accept different numbers of tokens and end at different times."""
 
     def __init__(self, network: Network, plan: Plan, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         if plan.drafting and not network.can_draft:

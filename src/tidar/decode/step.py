@@ -1,7 +1,7 @@
 """One forward of a TiDAR model: verify the drafts, draft what comes next, keep the cache exact (Sec. 3.3, Fig. 3).
 
-`prefill` and `step` are the whole method. Plain autoregressive decoding is the same step with one draft (a token that is
-already decided) and no outcome blocks.
+`prefill` and `step` are the whole method. Plain autoregressive decoding is the same step with one draft (a token that
+is already decided) and no outcome blocks.
 """
 
 from __future__ import annotations

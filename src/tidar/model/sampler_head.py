@@ -2,9 +2,11 @@
 
 One-step diffusion guesses every position of a block at once, so its marginals may disagree with each other, and none of
 them knows d_1, which the verifier chooses in the same forward. This head (after the sampler head of Apple MTP, arXiv
-2507.11851, with a state, as in recurrent drafters) walks through the block once and tells each position what came before:
+2507.11851, with a state, as in recurrent drafters) walks through the block once and tells each position what came
+before:
 
-    s_m = s_{m-1} + W_out(silu(a) * b),   (a, b) = W_hidden h_m + W_token e(d_{m-1}) + W_state s_{m-1},   g_m = h_m + s_m
+    s_m = s_{m-1} + W_out(silu(a) * b),   (a, b) = W_hidden n(h_m) + W_token n(e(d_{m-1})) + W_state n(s_{m-1}),
+    g_m = h_m + s_m,                      n(x) = x / sqrt(mean(x^2) + 0.01)
 
 with h_m the mask's final hidden state and e the frozen input embedding; the frozen output embedding scores g_m. In
 training d_{m-1} is the true token: a draft only counts while all drafts before it are right, so nothing is lost by it.

@@ -110,7 +110,7 @@ class Conversion(nn.Module):
         return (weights * loss.view_as(weights)).sum()
 
     def _terms(self, students: list[Tensor], teacher: Tensor) -> list[Tensor]:
-        """Loss, overlap and match [M] of each student's states [..., H] against teacher [M, H], by the model's own head."""
+        """Loss, overlap and match [M] of each student's states [..., H] against teacher [M, H], by the model's head."""
         head = self.network.head
 
         def terms(teacher: Tensor, *students: Tensor) -> tuple[Tensor, ...]:

@@ -41,7 +41,7 @@ def read_samples(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[S
             prompt, answer = row_prompt(row), next((row[f] for f in ANSWER_FIELDS if isinstance(row.get(f), str)), None)
         if prompt is None or not isinstance(answer, str):
             raise TidarError(
-                f"{where}: no conversation; a row needs 'messages' that end with the assistant's, or a prompt with one of "
+                f"{where}: no conversation; a row needs 'messages' ending with the assistant's, or a prompt with one of "
                 f"{', '.join(ANSWER_FIELDS)} (or let the model answer the prompts: --self-generate)"
             )
         samples.append(encode_sample(tokenizer, prompt, answer))
@@ -57,7 +57,7 @@ def encode_sample(tokenizer: PreTrainedTokenizerBase, prompt: str | list[Message
 
 @dataclass(frozen=True)
 class Packed(Dataset):
-    """Rows of S tokens. ids [R, S] int32, documents [R, S] int16 (padding is a document of its own), answers [R, S] bool."""
+    """Rows of S tokens. ids [R, S] int32, documents [R, S] int16 (padding: -1), answers [R, S] bool."""
 
     ids: np.ndarray
     documents: np.ndarray

