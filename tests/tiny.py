@@ -1,10 +1,12 @@
 """Tiny random causal LMs, with and without a drafter: sharp enough that argmaxes are decided by wide margins."""
 
 from functools import cache
+from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from tidar.config import TidarConfig
 from tidar.model import attention
@@ -81,3 +83,18 @@ def continuations(arch: str, new: int = 100) -> list[list[int]]:
     """Greedy continuations of PROMPTS by the plain model and transformers' generate, one prompt at a time."""
     rows = [torch.tensor([prompt]) for prompt in PROMPTS]
     return [generate(plain_of(arch), row, max_new_tokens=new)[0, row.shape[1] :].tolist() for row in rows]
+
+
+def tiny_folder(folder: Path, arch: str = "llama", chat: bool = True) -> str:
+    """A model folder as users have them: weights, and a byte-level tokenizer with a chat template and an end token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: i for i, symbol in enumerate(["<pad>", "<end>", *alphabet])}
+    tokens = Tokenizer(models.BPE(vocabulary, merges=[]))
+    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokens.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<end>", pad_token="<pad>")
+    if chat:
+        tokenizer.chat_template = "{% for m in messages %}{{ m['role'][0] + m['content'] + '\n' }}{% endfor %}"
+    tiny_lm(arch, vocabulary=len(vocabulary)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)

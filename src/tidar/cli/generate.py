@@ -42,7 +42,7 @@ def generate(
         raise TidarError("give either a PROMPT or --prompts FILE.jsonl")
     if prompt is not None and not prompt.strip():
         raise TidarError("the prompt is empty")
-    jobs: list[Prompt] = [prompt] if prompt is not None else read_prompts(prompts)  # type: ignore[arg-type, list-item]
+    jobs: list[Prompt] = [prompt] if prompt is not None else read_prompts(prompts)  # type: ignore[arg-type]
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,

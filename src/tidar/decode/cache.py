@@ -38,7 +38,7 @@ class RowCache(Cache):
         self._slots = self.lengths[:, None] + torch.arange(tokens, device=self.lengths.device)
         self.width = -(-(longest + tokens) // ROUND) * ROUND
 
-    def update(  # type: ignore[override]
+    def update(
         self, key: Tensor, value: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Store key and value [B, H_kv, n, D] of layer `layer_idx`; returns the slots in use, [B, H_kv, width, D]."""

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from tidar.config import TidarConfig
 from tidar.errors import TidarError
@@ -39,7 +40,7 @@ class Drafter(nn.Module):
     Parameters are float32 and the only ones that train. Raises TidarError if a target layer does not exist.
     """
 
-    def __init__(self, model: nn.Module, spec: DrafterSpec) -> None:
+    def __init__(self, model: PreTrainedModel, spec: DrafterSpec) -> None:
         super().__init__()
         if spec.rank < 1 or spec.sampler_width < 0:
             raise TidarError(
@@ -47,7 +48,7 @@ class Drafter(nn.Module):
             )
         self.spec = spec
         self.gate = Gate()
-        embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+        embedding: Tensor = model.get_input_embeddings().weight
         backbone_name = model.base_model_prefix
         targets = [
             f"{backbone_name}.{path}" for path in lora_targets(model.get_submodule(backbone_name), spec.target_modules)
@@ -66,7 +67,7 @@ class Drafter(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters under their stored names."""
-        named = {}
+        named: dict[str, Tensor] = {}
         for name, tensor in self.named_parameters():
             if name.startswith("lora."):
                 name = PEFT_PREFIX + name.removeprefix("lora.").replace("/", ".")

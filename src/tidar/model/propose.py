@@ -40,7 +40,7 @@ def propose(
     candidates = logits.topk(min(CANDIDATES, logits.shape[-1]), -1).indices
     rows, bias = output.weight[candidates], output.bias[candidates] if output.bias is not None else None
     state = torch.zeros_like(block[:, 0], dtype=torch.float32)
-    drafts, probs = [first], []
+    drafts, drawn_from = [first], list[Tensor]()
     for m in range(block.shape[1] - 1):
         inputs = head.inputs(block[:, m + 1], network.embed(drafts[-1]))
         state = head.advance(state, inputs)
@@ -53,12 +53,12 @@ def propose(
         else:
             assert noise is not None
             weights = params.probabilities(scores)
-            probs.append(weights)
+            drawn_from.append(weights)
             chosen = draw(weights, noise[:, m])
         drafts.append(candidates[:, m].gather(1, chosen[:, None])[:, 0])
     tokens = torch.stack(drafts, 1)
     if params.greedy:
         return tokens, None
-    stacked = torch.stack(probs, 1)
+    stacked = torch.stack(drawn_from, 1)
     full = torch.zeros_like(logits, dtype=stacked.dtype).scatter_(-1, candidates, stacked)
     return tokens, full

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from itertools import accumulate
+from operator import mul
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +55,7 @@ class Conversion(nn.Module):
             for layer in decoder_layers(network):
                 layer.compile(dynamic=False)
         block = self.block_size
-        self.matches, self.totals = torch.zeros(block), torch.zeros(block)
+        self.sums = torch.zeros(3, block)  # matches, cross-entropy, targets; divided only when logged
 
     def uncompile(self) -> None:
         """Back to eager layers: decoding has other shapes at every step."""
@@ -103,9 +105,9 @@ class Conversion(nn.Module):
             previous = ids.gather(1, index[..., :-1].flatten(1)).view_as(index[..., :-1])
             students.append(drafter.sampler_head(blocks, self.network.embed(previous)))
         *marginal, loss, overlap, match = self._terms(students, teacher)
+        self._record(match.view_as(index), loss.view_as(index), valid)
         if marginal:
             loss = loss + self.weights.marginal * marginal[0]
-        self._record(match.view_as(index), valid)
         weights = acceptance_weights(overlap.view_as(index), valid)
         return (weights * loss.view_as(weights)).sum()
 
@@ -138,16 +140,28 @@ class Conversion(nn.Module):
         return paper_loss(ar, counts[0], diffusion, counts[1], self.weights.ar, self.weights.diffusion)
 
     @torch.no_grad()
-    def _record(self, match: Tensor, valid: Tensor) -> None:
-        """Sums for the match rate of each draft position; divided only when logged."""
-        self.matches = self.matches.to(match.device) + (match * valid).sum((0, 1))
-        self.totals = self.totals.to(match.device) + valid.sum((0, 1))
+    def _record(self, match: Tensor, loss: Tensor, valid: Tensor) -> None:
+        """Add a batch's sums over each block position."""
+        sums = torch.stack([(x * valid).sum((0, 1)) for x in (match, loss, torch.ones_like(loss))])
+        self.sums = self.sums.to(sums.device) + sums
 
-    def pop_match_rates(self) -> list[float]:
-        """Teacher-forced argmax agreement of block positions 1..K since the last call; empty if nothing was counted."""
-        matches, totals = self.matches.tolist(), self.totals.tolist()
-        self.matches, self.totals = torch.zeros_like(self.matches), torch.zeros_like(self.totals)
-        return [round(m / t, 4) for m, t in zip(matches, totals, strict=True)] if all(totals) else []
+    def pop_metrics(self) -> dict[str, Any]:
+        """What happened since the last call; empty if nothing was counted.
+
+        cross_entropy: mean soft cross-entropy per target, in nats. The loss itself weighs each position by how likely
+        it is to be reached, so it may rise while this falls. match: teacher-forced argmax agreement of block positions
+        1..K. accepted_if_independent: the tokens a step would gain if positions failed independently at these rates.
+        """
+        (matches, losses, totals), self.sums = self.sums.tolist(), torch.zeros_like(self.sums)
+        if not all(totals):
+            return {}
+        rates = [m / t for m, t in zip(matches, totals, strict=True)]
+        expected = 1 + sum(accumulate(rates[1:], mul))
+        return {
+            "cross_entropy": round(sum(losses) / sum(totals), 4),
+            "match": [round(rate, 4) for rate in rates],
+            "accepted_if_independent": round(expected, 3),
+        }
 
 
 def _ar_labels(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -265,12 +265,8 @@ class ConversionTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         module: Conversion = self.accelerator.unwrap_model(self.model)
-        if "loss" in logs and (rates := module.pop_match_rates()):
-            expected, run = 1.0, 1.0
-            for rate in rates[1:]:
-                run *= rate
-                expected += run
-            logs = {**logs, "match": rates, "accepted_if_independent": round(expected, 3)}  # type: ignore[dict-item]
+        if "loss" in logs:
+            logs = {**logs, **module.pop_metrics()}
         super().log(logs, start_time)
 
 

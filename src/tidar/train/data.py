@@ -41,7 +41,7 @@ def read_samples(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[S
             prompt, answer = row_prompt(row), next((row[f] for f in ANSWER_FIELDS if isinstance(row.get(f), str)), None)
         if prompt is None or not isinstance(answer, str):
             raise TidarError(
-                f"{where}: no conversation; a row needs 'messages' ending with the assistant's, or a prompt with one of "
+                f"{where}: no conversation; it needs 'messages' ending with the assistant's, or a prompt and one of "
                 f"{', '.join(ANSWER_FIELDS)} (or let the model answer the prompts: --self-generate)"
             )
         samples.append(encode_sample(tokenizer, prompt, answer))

@@ -44,10 +44,9 @@ def acceptance_weights(overlap: Tensor, valid: Tensor) -> Tensor:
     """Weights [..., K] of a block's positions by what they contribute to the accepted length (D-PACE).
 
     The expected number of accepted drafts is sum_m prod_{2<=i<=m} q_i, and its derivative by log q_m is the suffix sum
-    of those products from m on. q is the smoothed acceptance probability 0.5 * overlap + 0.5. The first position is never
-    judged (the verifier supplies that token), so it has the weight of the last one, which keeps "trust" mixing trained.
-    The mean over a block whose drafts all stand would be about 1/2; weights are divided by K, not by their own mean, so
-    that they add up over ranks.
+    of those products from m on. q is the smoothed acceptance probability 0.5 * overlap + 0.5. The first position is
+    never judged (the verifier supplies that token), so it has the weight of the last one, which keeps "trust" mixing
+    trained. Weights are divided by K, not by their own mean, so that they add up over ranks.
 
     Args:
         overlap: [..., K] detached acceptance probabilities.

