@@ -11,6 +11,7 @@ import time
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from transformers.utils import logging
 
 from tidar import Answer, TidarModel
 
@@ -19,6 +20,7 @@ PROMPT = "A farmer has 12 boxes with 8 apples each. He sells 30 apples. How many
 
 
 def main() -> None:
+    logging.disable_progress_bar()
     console, prompt = Console(), " ".join(sys.argv[1:]) or PROMPT
     with console.status("loading smollm2-135m (the first time its weights are unpacked, about 20 s)"):
         model = TidarModel.from_pretrained("smollm2-135m")

@@ -1,6 +1,8 @@
 """The shipped model on real prompts; skipped where its wheel is not installed."""
 
 import importlib.util
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,3 +33,13 @@ def test_the_answer_is_the_base_models_token_for_token_in_far_fewer_forwards(mod
 
 def test_the_shipped_drafter_is_at_most_24_mb():
     assert sum(f.stat().st_size for f in (SHIPPED / SMOLLM2).iterdir()) <= 24_000_000
+
+
+def test_the_readmes_python_runs_and_prints_an_answer(capsys):
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    for block in re.findall(r"```python\n(.*?)```", readme, re.S):
+        exec(compile(block, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert re.search(r" \d\.\d+\n", printed)  # tokens per forward, after the answer
+    assert "marbles" in printed
+    assert "rain" in printed
