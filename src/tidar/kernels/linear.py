@@ -1,0 +1,152 @@
+"""A linear layer over few rows (1 to a few hundred): bound by reading the weights, so it is built around that stream.
+
+The weight tile is the tall operand of the matrix product and the rows are its narrow one, in one or two accumulators
+(64 + 16 rows for 72 slots, 256 + 16 for 272), because tensor-core tiles are powers of two and slots are not. The first
+weight tiles are fetched into L2 before the kernel waits for its input.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tidar.kernels.launch import options, processors, tl, triton
+
+
+class Tiling(NamedTuple):
+    """How a product is cut: weight rows a program (power of two), columns a loop step, programs that share a row."""
+
+    rows: int
+    columns: int
+    split: int
+    warps: int
+    stages: int
+
+
+def linear_eager(x: Tensor, weight: Tensor) -> Tensor:
+    """[1, T, N]: x [T, K] times weight [N, K] transposed, as one partial sum."""
+    return F.linear(x, weight)[None]
+
+
+def linear(x: Tensor, weight: Tensor, tiling: Tiling | None = None) -> Tensor:
+    """Partial sums [split, T, N] of x [T, K] times weight [N, K] transposed; whoever reads them adds them up.
+
+    With split 1 the result has x's dtype, else it is float32. T is at most 512.
+    """
+    tokens, inner = x.shape
+    out = weight.shape[0]
+    tiling = tiling or choose(tokens, out, inner, x.device)
+    first, second = tile_rows(tokens)
+    y = x.new_empty(tiling.split, tokens, out, dtype=x.dtype if tiling.split == 1 else torch.float32)
+    _linear[(triton.cdiv(out, tiling.rows), tiling.split)](
+        x,
+        weight,
+        y,
+        tokens,
+        out,
+        inner,
+        tiling.split,
+        x.stride(0),
+        weight.stride(0),
+        BN=tiling.rows,
+        BK=tiling.columns,
+        T1=first,
+        T2=second,
+        EXACT=x.dtype == torch.float32,
+        num_warps=tiling.warps,
+        num_stages=tiling.stages,
+        **options(x.device),
+    )
+    return y
+
+
+def tile_rows(tokens: int) -> tuple[int, int]:
+    """The two accumulators' widths (powers of two, at least 16; the second may be 0) that hold `tokens` rows."""
+    for total in range(-(-tokens // 16) * 16, 1025, 16):
+        first = 1 << (total.bit_length() - 1)
+        rest = total - first
+        if rest == 0 or (rest >= 16 and rest & (rest - 1) == 0):
+            return first, rest
+    raise ValueError(f"{tokens} rows are too many for one tile")
+
+
+def choose(tokens: int, out: int, inner: int, device: torch.device) -> Tiling:
+    """A tiling that gives every processor a few programs, each with enough of the weight stream in flight."""
+    rows = 64 if tokens <= 128 else 128
+    programs = -(-out // rows)
+    split = 1
+    while programs * split < 2 * processors(device) and inner // (2 * split) >= 512 and split < 8:
+        split *= 2
+    return Tiling(rows, 128 if tokens <= 64 else 64, split, 4, 4)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _linear(
+        x,
+        w,
+        y,
+        tokens,
+        out,
+        inner,
+        split,
+        stride_x,
+        stride_w,
+        BN: tl.constexpr,
+        BK: tl.constexpr,
+        T1: tl.constexpr,
+        T2: tl.constexpr,
+        EXACT: tl.constexpr,
+        PDL: tl.constexpr,
+    ):
+        n = tl.program_id(0) * BN + tl.arange(0, BN)
+        part = tl.program_id(1)
+        steps = tl.cdiv(tl.cdiv(inner, BK), split)
+        begin = part * steps * BK
+        end = tl.minimum(inner, begin + steps * BK)
+        k = tl.arange(0, BK)
+        w_row = w + n[:, None].to(tl.int64) * stride_w
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
+            line = begin + tl.arange(0, BK // 32) * 64
+            address = (w_row + line[None, :]).to(tl.int64)
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+                "=r,l",
+                [tl.where((n[:, None] < out) & (line[None, :] < inner), address, w.to(tl.int64))],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
+            tl.extra.cuda.gdc_wait()
+        t1 = tl.arange(0, T1)
+        first = tl.zeros((BN, T1), tl.float32)
+        x1 = x + t1[:, None] * stride_x
+        if T2:
+            t2 = T1 + tl.arange(0, T2)
+            second = tl.zeros((BN, T2), tl.float32)
+            x2 = x + t2[:, None] * stride_x
+        for at in range(begin, end, BK):
+            inside = at + k < end
+            tile = tl.load(w_row + (at + k)[None, :], mask=(n[:, None] < out) & inside[None, :], other=0.0)
+            rows = tl.load(x1 + (at + k)[None, :], mask=(t1[:, None] < tokens) & inside[None, :], other=0.0)
+            if EXACT:
+                first = tl.dot(tile, tl.trans(rows), first, input_precision="ieee")
+            else:
+                first = tl.dot(tile, tl.trans(rows), first)
+            if T2:
+                rows = tl.load(x2 + (at + k)[None, :], mask=(t2[:, None] < tokens) & inside[None, :], other=0.0)
+                if EXACT:
+                    second = tl.dot(tile, tl.trans(rows), second, input_precision="ieee")
+                else:
+                    second = tl.dot(tile, tl.trans(rows), second)
+        y += part.to(tl.int64) * tokens * out
+        at1 = y + t1[None, :] * out + n[:, None]
+        tl.store(at1, first.to(y.dtype.element_ty), mask=(t1[None, :] < tokens) & (n[:, None] < out))
+        if T2:
+            at2 = y + t2[None, :] * out + n[:, None]
+            tl.store(at2, second.to(y.dtype.element_ty), mask=(t2[None, :] < tokens) & (n[:, None] < out))

@@ -1,0 +1,163 @@
+"""Residual sum and RMS norm between two linear layers: h += y (+ LoRA on masks); x = h / rms(h) * weight."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tidar.kernels.launch import options, tl, triton
+
+
+class LowRank(NamedTuple):
+    """A gated LoRA whose A lies under a base projection: the projection's columns from `start` on are A(x).
+
+    b is [R, N], the transposed and already scaled B; token t of a row of `slots` is a mask if t >= clean.
+    """
+
+    b: Tensor
+    start: int
+
+
+def add_norm_eager(
+    hidden: Tensor,
+    partial: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    low_rank: LowRank | None,
+    slots: int,
+    clean: int,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `add_norm`; every product is rounded where a stock model rounds it."""
+    if partial is not None:
+        width = hidden.shape[1]
+        y = summed(partial)
+        delta = y[:, :width] if bias is None else y[:, :width] + bias.float()
+        if low_rank is not None:
+            delta = delta + masked_delta(y, low_rank, slots, clean)
+        hidden = (hidden.float() + delta).to(hidden.dtype)
+    h = hidden.float()
+    x = (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)).to(hidden.dtype)
+    return hidden, weight * x
+
+
+def summed(partial: Tensor) -> Tensor:
+    """[T, N] float32 from partial sums [split, T, N]."""
+    return partial.float().sum(0)
+
+
+def masked_delta(y: Tensor, low_rank: LowRank, slots: int, clean: int) -> Tensor:
+    """[T, N] LoRA term, zero on clean tokens, from a projection [T, N + R] that carries A(x)."""
+    rank = low_rank.b.shape[0]
+    delta = y[:, low_rank.start : low_rank.start + rank] @ low_rank.b.float()
+    masks = torch.arange(len(y), device=y.device) % slots >= clean
+    return delta * masks[:, None]
+
+
+def add_norm(
+    hidden: Tensor,
+    partial: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    low_rank: LowRank | None,
+    slots: int,
+    clean: int,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Add a projection to the residual stream and normalise the sum.
+
+    Args:
+        hidden: [T, H] residual stream.
+        partial: [split, T, H + R] partial sums of the projection (see linear.py), or None to normalise only.
+        weight: [H] of the norm.
+        low_rank: the projection's LoRA, if it has one.
+        slots, clean: tokens a row, and how many of them come before its masks.
+        bias: [H] of the projection.
+
+    Returns:
+        the new residual stream and its normalised form, both [T, H].
+    """
+    tokens, width = hidden.shape
+    out, normed = torch.empty_like(hidden), torch.empty_like(hidden)
+    block = triton.next_power_of_2(width)
+    _add_norm[(tokens,)](
+        hidden,
+        partial if partial is not None else hidden,
+        weight,
+        bias if bias is not None else weight,
+        low_rank.b if low_rank is not None else weight,
+        out,
+        normed,
+        width,
+        partial.shape[2] if partial is not None else 0,
+        low_rank.start if low_rank is not None else 0,
+        eps,
+        slots,
+        clean,
+        tokens,
+        SPLIT=partial.shape[0] if partial is not None else 0,
+        RANK=low_rank.b.shape[0] if low_rank is not None and clean < slots else 0,
+        BIAS=bias is not None,
+        BLOCK=block,
+        num_warps=min(8, max(1, block // 512)),
+        **options(hidden.device),
+    )
+    return out, normed
+
+
+if triton is not None:
+
+    @triton.jit
+    def _add_norm(
+        hidden,
+        partial,
+        weight,
+        bias,
+        lora_b,
+        out,
+        normed,
+        width,
+        stride,
+        start,
+        eps,
+        slots,
+        clean,
+        tokens,
+        SPLIT: tl.constexpr,
+        RANK: tl.constexpr,
+        BIAS: tl.constexpr,
+        BLOCK: tl.constexpr,
+        PDL: tl.constexpr,
+    ):
+        token = tl.program_id(0).to(tl.int64)
+        column = tl.arange(0, BLOCK)
+        inside = column < width
+        scale = tl.load(weight + column, mask=inside, other=0.0)
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
+        h = tl.load(hidden + token * width + column, mask=inside, other=0.0)
+        kind = h.dtype
+        h = h.to(tl.float32)
+        if SPLIT:
+            y = partial + token * stride
+            delta = tl.zeros((BLOCK,), tl.float32)
+            for part in tl.static_range(SPLIT):
+                delta += tl.load(y + part * tokens * stride + column, mask=inside, other=0.0).to(tl.float32)
+            if BIAS:
+                delta += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+            if RANK:
+                if token % slots >= clean:
+                    for r in tl.static_range(RANK):
+                        a = 0.0
+                        for part in tl.static_range(SPLIT):
+                            a += tl.load(y + part * tokens * stride + start + r).to(tl.float32)
+                        delta += a * tl.load(lora_b + r * width + column, mask=inside, other=0.0).to(tl.float32)
+            h = (h + delta).to(kind).to(tl.float32)
+            tl.store(out + token * width + column, h.to(kind), mask=inside)
+        else:
+            tl.store(out + token * width + column, h.to(kind), mask=inside)
+        x = (h * tl.rsqrt(tl.sum(h * h, 0) / width + eps)).to(kind)
+        tl.store(normed + token * width + column, (x * scale).to(kind), mask=inside)
