@@ -51,10 +51,10 @@ def step_attention(query: Tensor, keys: Tensor, values: Tensor, layout: Layout, 
     rows = groups * slots
     tile = min(64, max(16, triton.next_power_of_2(rows)))
     tiles = triton.cdiv(rows, tile)
-    # Static, so that a captured graph fits every prefix length: a few programs a processor, none below 64 keys.
+    # Static, so that a captured graph fits every prefix length: about a program a processor, none below 64 keys.
     room = max(1, triton.cdiv(keys.shape[2], 64))
-    wanted = triton.cdiv(2 * processors(query.device), batch * kv_heads * tiles)
-    splits = min(MOST_SPLITS, triton.next_power_of_2(min(wanted, room)))
+    wanted = processors(query.device) * 4 // (3 * batch * kv_heads * tiles)
+    splits = 1 << max(0, min(MOST_SPLITS, room, wanted).bit_length() - 1)
     out = torch.empty_like(query)
     partial = query.new_empty(batch * kv_heads, splits, rows, dim, dtype=torch.float32) if splits > 1 else out
     lse = query.new_empty(batch * kv_heads, splits, rows, dtype=torch.float32) if splits > 1 else partial

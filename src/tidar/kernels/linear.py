@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tidar.kernels.launch import options, processors, tl, triton
+from tidar.kernels.launch import options, tl, triton
 
 
 class Tiling(NamedTuple):
@@ -34,11 +34,13 @@ def linear_eager(x: Tensor, weight: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor, tiling: Tiling | None = None) -> Tensor:
     """Partial sums [split, T, N] of x [T, K] times weight [N, K] transposed; whoever reads them adds them up.
 
-    With split 1 the result has x's dtype, else it is float32. T is at most 512.
+    With split 1 the result has x's dtype, else it is float32.
     """
     tokens, inner = x.shape
     out = weight.shape[0]
-    tiling = tiling or choose(tokens, out, inner, x.device)
+    tiling = tiling or choose(tokens, out, inner)
+    if tiling is None:
+        return linear_eager(x, weight)
     first, second = tile_rows(tokens)
     y = x.new_empty(tiling.split, tokens, out, dtype=x.dtype if tiling.split == 1 else torch.float32)
     _linear[(triton.cdiv(out, tiling.rows), tiling.split)](
@@ -73,14 +75,19 @@ def tile_rows(tokens: int) -> tuple[int, int]:
     raise ValueError(f"{tokens} rows are too many for one tile")
 
 
-def choose(tokens: int, out: int, inner: int, device: torch.device) -> Tiling:
-    """A tiling that gives every processor a few programs, each with enough of the weight stream in flight."""
-    rows = 64 if tokens <= 128 else 128
-    programs = -(-out // rows)
+def choose(tokens: int, out: int, inner: int) -> Tiling | None:
+    """A tiling by what was measured on an H100 (results/linear-h100.json), or None where cuBLAS was faster.
+
+    Small weights need more programs than they have tiles of rows, so their columns are split.
+    """
+    rows, columns = 64, 128
+    tiles = -(-out // rows)
+    if tokens > 128 or (tokens > 16 and tiles > 128):
+        return None
     split = 1
-    while programs * split < 2 * processors(device) and inner // (2 * split) >= 512 and split < 8:
+    while split < 8 and tiles * split < (256 if tokens <= 16 else 96) and inner >= 2 * split * 256:
         split *= 2
-    return Tiling(rows, 128 if tokens <= 64 else 64, split, 4, 4)
+    return Tiling(rows, columns, split, 4, 4)
 
 
 if triton is not None:

@@ -150,11 +150,15 @@ if triton is not None:
                 delta += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
             if RANK:
                 if token % slots >= clean:
-                    for r in tl.static_range(RANK):
-                        a = 0.0
+                    for at in tl.static_range(0, RANK, 8):
+                        r = at + tl.arange(0, 8)
+                        a = tl.zeros((8,), tl.float32)
                         for part in tl.static_range(SPLIT):
-                            a += tl.load(y + part * tokens * stride + start + r).to(tl.float32)
-                        delta += a * tl.load(lora_b + r * width + column, mask=inside, other=0.0).to(tl.float32)
+                            at_a = y + part * tokens * stride + start + r
+                            a += tl.load(at_a, mask=r < RANK, other=0.0).to(tl.float32)
+                        real = (r < RANK)[:, None] & inside[None, :]
+                        b = tl.load(lora_b + r[:, None] * width + column[None, :], mask=real, other=0.0)
+                        delta += tl.sum(a.to(kind).to(tl.float32)[:, None] * b.to(tl.float32), 0)
             h = (h + delta).to(kind).to(tl.float32)
             tl.store(out + token * width + column, h.to(kind), mask=inside)
         else:

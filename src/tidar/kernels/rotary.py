@@ -93,12 +93,13 @@ def rotate(
     """
     split, tokens, stride = partial.shape
     out = keys.new_empty(len(lengths), slots, heads.query, heads.dim)
-    some = heads.q_norm if heads.q_norm is not None else cos
-    _rotate[(tokens, heads.query + 2 * heads.kv)](
+    rank = low_rank.b.shape[0] // 3 if low_rank is not None and clean < slots else 0
+    tile = 16 if rank else 4 if tokens > 16 else 1
+    _rotate[(triton.cdiv(tokens, tile), heads.query + 2 * heads.kv)](
         partial,
         heads.bias if heads.bias is not None else cos,
         low_rank.b if low_rank is not None else cos,
-        some,
+        heads.q_norm if heads.q_norm is not None else cos,
         heads.k_norm if heads.k_norm is not None else cos,
         cos,
         sin,
@@ -119,10 +120,13 @@ def rotate(
         D=heads.dim,
         HALF=triton.next_power_of_2(heads.dim // 2),
         SPLIT=split,
-        RANK=low_rank.b.shape[0] // 3 if low_rank is not None and clean < slots else 0,
+        RANK=rank,
+        RP=max(16, triton.next_power_of_2(rank)),
+        TILE=tile,
+        EXACT=keys.dtype == torch.float32,
         BIAS=heads.bias is not None,
         NORM=heads.q_norm is not None,
-        num_warps=1,
+        num_warps=4 if rank else 1,
         **options(partial.device),
     )
     return out
@@ -157,63 +161,83 @@ if triton is not None:
         HALF: tl.constexpr,
         SPLIT: tl.constexpr,
         RANK: tl.constexpr,
+        RP: tl.constexpr,
+        TILE: tl.constexpr,
+        EXACT: tl.constexpr,
         BIAS: tl.constexpr,
         NORM: tl.constexpr,
         PDL: tl.constexpr,
     ):
-        """One head of one token, as two halves, because rotation pairs element d with d + D / 2."""
-        token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        """One head of a tile of tokens, as two halves, because rotation pairs element d with d + D / 2."""
+        token, head = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE), tl.program_id(1)
+        known = token < tokens
         b, slot = token // slots, token % slots
         d = tl.arange(0, HALF)
-        inside = d < D // 2
+        real = d < D // 2
+        inside = known[:, None] & real[None, :]
         column = head * D + d
+        kind = keys.dtype.element_ty
         if PDL:
             tl.extra.cuda.gdc_launch_dependents()
+        if RANK:
+            which = (head >= H).to(tl.int32) + (head >= H + HKV).to(tl.int32)
+            r = tl.arange(0, RP)
+            at_b = lora_b + (which * RANK + r)[:, None] * ((H + 2 * HKV) * D) + column[None, :]
+            real_b = (r < RANK)[:, None] & real[None, :]
+            b_low = tl.load(at_b, mask=real_b, other=0.0)
+            b_high = tl.load(at_b + D // 2, mask=real_b, other=0.0)
+        if PDL:
             tl.extra.cuda.gdc_wait()
-        kind = keys.dtype.element_ty
-        y = partial + token * stride
-        low = tl.zeros((HALF,), tl.float32)
-        high = tl.zeros((HALF,), tl.float32)
+        row = partial + token[:, None] * stride
+        low = tl.zeros((TILE, HALF), tl.float32)
+        high = tl.zeros((TILE, HALF), tl.float32)
         for part in tl.static_range(SPLIT):
-            at = y + part * tokens * stride + column
+            at = row + part * tokens * stride + column[None, :]
             low += tl.load(at, mask=inside, other=0.0).to(tl.float32)
             high += tl.load(at + D // 2, mask=inside, other=0.0).to(tl.float32)
         if BIAS:
-            low += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-            high += tl.load(bias + column + D // 2, mask=inside, other=0.0).to(tl.float32)
+            low += tl.load(bias + column, mask=real, other=0.0).to(tl.float32)[None, :]
+            high += tl.load(bias + column + D // 2, mask=real, other=0.0).to(tl.float32)[None, :]
         if RANK:
-            if slot >= clean:
-                which = (head >= H).to(tl.int32) + (head >= H + HKV).to(tl.int32)
-                for r in tl.static_range(RANK):
-                    a = 0.0
-                    for part in tl.static_range(SPLIT):
-                        a += tl.load(y + part * tokens * stride + start + which * RANK + r).to(tl.float32)
-                    at_b = lora_b + (which * RANK + r) * ((H + 2 * HKV) * D) + column
-                    low += a * tl.load(at_b, mask=inside, other=0.0).to(tl.float32)
-                    high += a * tl.load(at_b + D // 2, mask=inside, other=0.0).to(tl.float32)
+            a = tl.zeros((TILE, RP), tl.float32)
+            real_a = (known & (slot >= clean))[:, None] & (r < RANK)[None, :]
+            for part in tl.static_range(SPLIT):
+                at_a = row + part * tokens * stride + start + which * RANK + r[None, :]
+                a += tl.load(at_a, mask=real_a, other=0.0).to(tl.float32)
+            if EXACT:
+                low = tl.dot(a, b_low, low, input_precision="ieee")
+                high = tl.dot(a, b_high, high, input_precision="ieee")
+            else:
+                low = tl.dot(a.to(kind), b_low, low)
+                high = tl.dot(a.to(kind), b_high, high)
         low = low.to(kind).to(tl.float32)
         high = high.to(kind).to(tl.float32)
-        place = tl.load(lengths + b) + slot
+        place = tl.load(lengths + b, mask=known, other=0) + slot
         if head >= H + HKV:
-            to = values + b * stride_row + (head - H - HKV).to(tl.int64) * stride_head + place * D + d
+            start_of = b * stride_row + (head - H - HKV).to(tl.int64) * stride_head + place * D
+            to = values + start_of[:, None] + d[None, :]
             tl.store(to, low.to(kind), mask=inside)
             tl.store(to + D // 2, high.to(kind), mask=inside)
         else:
             if NORM:
-                weight = tl.where(head < H, q_norm, k_norm)
-                inverse = tl.rsqrt((tl.sum(low * low, 0) + tl.sum(high * high, 0)) / D + eps)
-                scale_low = tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)
-                scale_high = tl.load(weight + d + D // 2, mask=inside, other=0.0).to(tl.float32)
+                weight = k_norm
+                if head < H:
+                    weight = q_norm
+                inverse = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / D + eps)[:, None]
+                scale_low = tl.load(weight + d, mask=real, other=0.0).to(tl.float32)[None, :]
+                scale_high = tl.load(weight + d + D // 2, mask=real, other=0.0).to(tl.float32)[None, :]
                 low = ((low * inverse).to(kind).to(tl.float32) * scale_low).to(kind).to(tl.float32)
                 high = ((high * inverse).to(kind).to(tl.float32) * scale_high).to(kind).to(tl.float32)
-            c = tl.load(cos + token * D + d, mask=inside, other=0.0).to(tl.float32)
-            s = tl.load(sin + token * D + d, mask=inside, other=0.0).to(tl.float32)
+            turn = token[:, None] * D + d[None, :]
+            c = tl.load(cos + turn, mask=inside, other=0.0).to(tl.float32)
+            s = tl.load(sin + turn, mask=inside, other=0.0).to(tl.float32)
             # Rounded after each product, as eager code in this dtype does.
             first = (low * c).to(kind).to(tl.float32) - (high * s).to(kind).to(tl.float32)
             second = (high * c).to(kind).to(tl.float32) + (low * s).to(kind).to(tl.float32)
             if head < H:
-                to = out + (token * H + head) * D + d
+                to = out + (token[:, None] * H + head) * D + d[None, :]
             else:
-                to = keys + b * stride_row + (head - H).to(tl.int64) * stride_head + place * D + d
+                start_of = b * stride_row + (head - H).to(tl.int64) * stride_head + place * D
+                to = keys + start_of[:, None] + d[None, :]
             tl.store(to, first.to(kind), mask=inside)
             tl.store(to + D // 2, second.to(kind), mask=inside)

@@ -30,8 +30,9 @@ def swiglu(
     """
     split, tokens, stride = partial.shape
     out = partial.new_empty(tokens, width, dtype=dtype)
-    block = 256 if tokens > 4 else 128
-    _swiglu[(triton.cdiv(width, block), tokens)](
+    rank = low_rank.b.shape[0] // 2 if low_rank is not None and clean < slots else 0
+    tile = 16 if rank else 4 if tokens > 16 else 1
+    _swiglu[(triton.cdiv(width, 128), triton.cdiv(tokens, tile))](
         partial,
         low_rank.b if low_rank is not None else partial,
         out,
@@ -42,9 +43,12 @@ def swiglu(
         clean,
         tokens,
         SPLIT=split,
-        RANK=low_rank.b.shape[0] // 2 if low_rank is not None and clean < slots else 0,
-        BLOCK=block,
-        num_warps=2 if block == 256 else 1,
+        RANK=rank,
+        RP=max(16, triton.next_power_of_2(rank)),
+        TILE=tile,
+        BLOCK=128,
+        EXACT=dtype == torch.float32,
+        num_warps=4 if rank else 2 if tile > 1 else 1,
         **options(partial.device),
     )
     return out
@@ -65,37 +69,49 @@ if triton is not None:
         tokens,
         SPLIT: tl.constexpr,
         RANK: tl.constexpr,
+        RP: tl.constexpr,
+        TILE: tl.constexpr,
         BLOCK: tl.constexpr,
+        EXACT: tl.constexpr,
         PDL: tl.constexpr,
     ):
-        """RANK is that of one of the two halves: gate's A(x) comes first, then up's."""
-        token = tl.program_id(1).to(tl.int64)
+        """A tile of tokens by columns. RANK is that of one half: gate's A(x) comes first, then up's."""
+        token = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
         column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        inside = column < width
+        inside = (token < tokens)[:, None] & (column < width)[None, :]
+        kind = out.dtype.element_ty
         if PDL:
             tl.extra.cuda.gdc_launch_dependents()
+        if RANK:
+            r = tl.arange(0, RP)
+            real = (r < RANK)[:, None] & (column < width)[None, :]
+            b_gate = tl.load(lora_b + r[:, None] * 2 * width + column[None, :], mask=real, other=0.0)
+            at_b = lora_b + (RANK + r)[:, None] * 2 * width + width + column[None, :]
+            b_up = tl.load(at_b, mask=real, other=0.0)
+        if PDL:
             tl.extra.cuda.gdc_wait()
-        y = partial + token * stride
-        gate = tl.zeros((BLOCK,), tl.float32)
-        up = tl.zeros((BLOCK,), tl.float32)
+        gate = tl.zeros((TILE, BLOCK), tl.float32)
+        up = tl.zeros((TILE, BLOCK), tl.float32)
+        row = partial + token[:, None] * stride
         for part in tl.static_range(SPLIT):
-            at = y + part * tokens * stride + column
+            at = row + part * tokens * stride + column[None, :]
             gate += tl.load(at, mask=inside, other=0.0).to(tl.float32)
             up += tl.load(at + width, mask=inside, other=0.0).to(tl.float32)
         if RANK:
-            if token % slots >= clean:
-                for r in tl.static_range(RANK):
-                    a_gate = 0.0
-                    a_up = 0.0
-                    for part in tl.static_range(SPLIT):
-                        at_a = y + part * tokens * stride + start + r
-                        a_gate += tl.load(at_a).to(tl.float32)
-                        a_up += tl.load(at_a + RANK).to(tl.float32)
-                    b = lora_b + r * 2 * width + column
-                    gate += a_gate * tl.load(b, mask=inside, other=0.0).to(tl.float32)
-                    b = lora_b + (RANK + r) * 2 * width + width + column
-                    up += a_up * tl.load(b, mask=inside, other=0.0).to(tl.float32)
-        kind = out.dtype.element_ty
+            a_gate = tl.zeros((TILE, RP), tl.float32)
+            a_up = tl.zeros((TILE, RP), tl.float32)
+            masks = (token < tokens) & (token % slots >= clean)
+            real_a = masks[:, None] & (r < RANK)[None, :]
+            for part in tl.static_range(SPLIT):
+                at_a = row + part * tokens * stride + start + r[None, :]
+                a_gate += tl.load(at_a, mask=real_a, other=0.0).to(tl.float32)
+                a_up += tl.load(at_a + RANK, mask=real_a, other=0.0).to(tl.float32)
+            if EXACT:
+                gate = tl.dot(a_gate, b_gate, gate, input_precision="ieee")
+                up = tl.dot(a_up, b_up, up, input_precision="ieee")
+            else:
+                gate = tl.dot(a_gate.to(kind), b_gate, gate)
+                up = tl.dot(a_up.to(kind), b_up, up)
         gate = gate.to(kind).to(tl.float32)
         activated = (gate * tl.sigmoid(gate)).to(kind)
-        tl.store(out + token * width + column, (activated * up.to(kind)).to(kind), mask=inside)
+        tl.store(out + token[:, None] * width + column[None, :], (activated * up.to(kind)).to(kind), mask=inside)
