@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tidar.kernels.launch import options, processors, tl, triton
+from tidar.kernels.launch import options, prefetch, processors, tl, triton
 from tidar.layout import Layout
 
 MOST_SPLITS = 32
+TILE, KEYS, WARPS, STAGES = 64, 64, 4, 3
 
 
 def step_attention_eager(query: Tensor, keys: Tensor, values: Tensor, layout: Layout, scale: float) -> Tensor:
@@ -49,7 +50,7 @@ def step_attention(query: Tensor, keys: Tensor, values: Tensor, layout: Layout, 
     kv_heads = keys.shape[1]
     groups = heads // kv_heads
     rows = groups * slots
-    tile = min(64, max(16, triton.next_power_of_2(rows)))
+    tile = min(TILE, max(16, triton.next_power_of_2(rows)))
     tiles = triton.cdiv(rows, tile)
     # Static, so that a captured graph fits every prefix length: about a program a processor, none below 64 keys.
     room = max(1, triton.cdiv(keys.shape[2], 64))
@@ -74,10 +75,10 @@ def step_attention(query: Tensor, keys: Tensor, values: Tensor, layout: Layout, 
         keys.stride(0),
         keys.stride(1),
         R=tile,
-        S=64,
+        S=KEYS,
         EXACT=query.dtype == torch.float32,
-        num_warps=4,
-        num_stages=3,
+        num_warps=WARPS if tile > 32 else 4,
+        num_stages=STAGES,
         **shape,
         **options(query.device),
     )
@@ -118,14 +119,10 @@ if triton is not None:
         b, h = head_of_row // HKV, head_of_row % HKV
         if PDL:
             tl.extra.cuda.gdc_launch_dependents()
-            tl.extra.cuda.gdc_wait()
         rows = tl.program_id(0) * R + tl.arange(0, R)
         real = rows < G * slots
         slot, group = rows % slots, rows // slots
         d = tl.arange(0, DP)
-        node = tl.load(enter + b * stride_node + slot, mask=real, other=0)
-        at_q = ((b * slots + slot) * (HKV * G) + h * G + group)[:, None] * D + d[None, :]
-        tile = tl.load(q + at_q, mask=real[:, None] & (d[None, :] < D), other=0.0)
         length = tl.load(prefix + b).to(tl.int32)
         total = length + slots
         share = tl.cdiv(tl.cdiv(total, S), SPLITS) * S
@@ -134,6 +131,18 @@ if triton is not None:
         unmasked = tl.minimum(tl.maximum(length // S * S, begin), end)
         base = b.to(tl.int64) * stride_row + h.to(tl.int64) * stride_head
         k_base, v_base = keys + base, values + base
+        node = tl.load(enter + b * stride_node + slot, mask=real, other=0)
+        if PDL:
+            # The prefix was there before this step.
+            lines: tl.constexpr = (DP + 63) // 64
+            line = tl.arange(0, lines) * 64
+            first = (begin + tl.arange(0, S))[:, None].to(tl.int64) * D + line[None, :]
+            cached = ((begin + tl.arange(0, S)) < unmasked)[:, None] & (line < D)[None, :]
+            prefetch(k_base + first, cached, k_base)
+            prefetch(v_base + first, cached, v_base)
+            tl.extra.cuda.gdc_wait()
+        at_q = ((b * slots + slot) * (HKV * G) + h * G + group)[:, None] * D + d[None, :]
+        tile = tl.load(q + at_q, mask=real[:, None] & (d[None, :] < D), other=0.0)
         peak = tl.full((R,), float("-inf"), tl.float32)
         total_weight = tl.zeros((R,), tl.float32)
         acc = tl.zeros((R, DP), tl.float32)

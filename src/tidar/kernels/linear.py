@@ -13,7 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tidar.kernels.launch import options, tl, triton
+from tidar.kernels.launch import options, prefetch, tl, triton
+
+
+AHEAD = 4
+"""Weight tiles a program has fetched into L2 before it waits for its input."""
 
 
 class Tiling(NamedTuple):
@@ -58,6 +62,7 @@ def linear(x: Tensor, weight: Tensor, tiling: Tiling | None = None) -> Tensor:
         T1=first,
         T2=second,
         EXACT=x.dtype == torch.float32,
+        AHEAD=AHEAD,
         num_warps=tiling.warps,
         num_stages=tiling.stages,
         **options(x.device),
@@ -82,7 +87,7 @@ def choose(tokens: int, out: int, inner: int) -> Tiling | None:
     """
     rows, columns = 64, 128
     tiles = -(-out // rows)
-    if tokens > 128 or (tokens > 16 and tiles > 128):
+    if tokens > 128 or (16 < tokens and tiles > 128):
         return None
     split = 1
     while split < 8 and tiles * split < (256 if tokens <= 16 else 96) and inner >= 2 * split * 256:
@@ -108,6 +113,7 @@ if triton is not None:
         T1: tl.constexpr,
         T2: tl.constexpr,
         EXACT: tl.constexpr,
+        AHEAD: tl.constexpr,
         PDL: tl.constexpr,
     ):
         n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -119,16 +125,10 @@ if triton is not None:
         w_row = w + n[:, None].to(tl.int64) * stride_w
         if PDL:
             tl.extra.cuda.gdc_launch_dependents()
-            line = begin + tl.arange(0, BK // 32) * 64
-            address = (w_row + line[None, :]).to(tl.int64)
-            tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-                "=r,l",
-                [tl.where((n[:, None] < out) & (line[None, :] < inner), address, w.to(tl.int64))],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
+            line = begin + tl.arange(0, BK // 64) * 64
+            for ahead in tl.static_range(AHEAD):
+                columns = line + ahead * BK
+                prefetch(w_row + columns[None, :], (n[:, None] < out) & (columns[None, :] < end), w)
             tl.extra.cuda.gdc_wait()
         t1 = tl.arange(0, T1)
         first = tl.zeros((BN, T1), tl.float32)

@@ -80,25 +80,23 @@ def add_norm(
         the new residual stream and its normalised form, both [T, H].
     """
     tokens, width = hidden.shape
-    out, normed = torch.empty_like(hidden), torch.empty_like(hidden)
+    if low_rank is not None and partial is not None and clean < slots:
+        # A matrix product wants tiles of tokens, a norm wants whole rows: two kernels.
+        hidden, partial, bias = _residual_sum(hidden, partial, low_rank, slots, clean, bias), None, None
+    out, normed = torch.empty_like(hidden) if partial is not None else hidden, torch.empty_like(hidden)
     block = triton.next_power_of_2(width)
     _add_norm[(tokens,)](
         hidden,
         partial if partial is not None else hidden,
         weight,
         bias if bias is not None else weight,
-        low_rank.b if low_rank is not None else weight,
         out,
         normed,
         width,
         partial.shape[2] if partial is not None else 0,
-        low_rank.start if low_rank is not None else 0,
         eps,
-        slots,
-        clean,
         tokens,
         SPLIT=partial.shape[0] if partial is not None else 0,
-        RANK=low_rank.b.shape[0] if low_rank is not None and clean < slots else 0,
         BIAS=bias is not None,
         BLOCK=block,
         num_warps=min(8, max(1, block // 512)),
@@ -107,7 +105,91 @@ def add_norm(
     return out, normed
 
 
+def _residual_sum(
+    hidden: Tensor, partial: Tensor, low_rank: LowRank, slots: int, clean: int, bias: Tensor | None
+) -> Tensor:
+    """hidden + projection (+ bias) + LoRA on masks, [T, H]."""
+    tokens, width = hidden.shape
+    out = torch.empty_like(hidden)
+    rank = low_rank.b.shape[0]
+    _residual[(triton.cdiv(width, 128), triton.cdiv(tokens, 16))](
+        hidden,
+        partial,
+        bias if bias is not None else hidden,
+        low_rank.b,
+        out,
+        width,
+        partial.shape[2],
+        low_rank.start,
+        slots,
+        clean,
+        tokens,
+        SPLIT=partial.shape[0],
+        RANK=rank,
+        RP=max(16, triton.next_power_of_2(rank)),
+        TILE=16,
+        BLOCK=128,
+        BIAS=bias is not None,
+        EXACT=hidden.dtype == torch.float32,
+        num_warps=4,
+        **options(hidden.device),
+    )
+    return out
+
+
 if triton is not None:
+
+    @triton.jit
+    def _residual(
+        hidden,
+        partial,
+        bias,
+        lora_b,
+        out,
+        width,
+        stride,
+        start,
+        slots,
+        clean,
+        tokens,
+        SPLIT: tl.constexpr,
+        RANK: tl.constexpr,
+        RP: tl.constexpr,
+        TILE: tl.constexpr,
+        BLOCK: tl.constexpr,
+        BIAS: tl.constexpr,
+        EXACT: tl.constexpr,
+        PDL: tl.constexpr,
+    ):
+        token = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
+        column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        known = token < tokens
+        inside = known[:, None] & (column < width)[None, :]
+        kind = out.dtype.element_ty
+        r = tl.arange(0, RP)
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
+        real_b = (r < RANK)[:, None] & (column < width)[None, :]
+        b = tl.load(lora_b + r[:, None] * width + column[None, :], mask=real_b, other=0.0)
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        delta = tl.zeros((TILE, BLOCK), tl.float32)
+        a = tl.zeros((TILE, RP), tl.float32)
+        row = partial + token[:, None] * stride
+        real_a = (known & (token % slots >= clean))[:, None] & (r < RANK)[None, :]
+        for part in tl.static_range(SPLIT):
+            at = row + part * tokens * stride
+            delta += tl.load(at + column[None, :], mask=inside, other=0.0).to(tl.float32)
+            a += tl.load(at + start + r[None, :], mask=real_a, other=0.0).to(tl.float32)
+        if BIAS:
+            delta += tl.load(bias + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
+        if EXACT:
+            delta = tl.dot(a, b, delta, input_precision="ieee")
+        else:
+            delta = tl.dot(a.to(kind), b, delta)
+        place = token[:, None] * width + column[None, :]
+        h = tl.load(hidden + place, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + place, (h + delta).to(kind), mask=inside)
 
     @triton.jit
     def _add_norm(
@@ -115,18 +197,13 @@ if triton is not None:
         partial,
         weight,
         bias,
-        lora_b,
         out,
         normed,
         width,
         stride,
-        start,
         eps,
-        slots,
-        clean,
         tokens,
         SPLIT: tl.constexpr,
-        RANK: tl.constexpr,
         BIAS: tl.constexpr,
         BLOCK: tl.constexpr,
         PDL: tl.constexpr,
@@ -134,9 +211,10 @@ if triton is not None:
         token = tl.program_id(0).to(tl.int64)
         column = tl.arange(0, BLOCK)
         inside = column < width
-        scale = tl.load(weight + column, mask=inside, other=0.0)
         if PDL:
             tl.extra.cuda.gdc_launch_dependents()
+        scale = tl.load(weight + column, mask=inside, other=0.0)
+        if PDL:
             tl.extra.cuda.gdc_wait()
         h = tl.load(hidden + token * width + column, mask=inside, other=0.0)
         kind = h.dtype
@@ -148,20 +226,7 @@ if triton is not None:
                 delta += tl.load(y + part * tokens * stride + column, mask=inside, other=0.0).to(tl.float32)
             if BIAS:
                 delta += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-            if RANK:
-                if token % slots >= clean:
-                    for at in tl.static_range(0, RANK, 8):
-                        r = at + tl.arange(0, 8)
-                        a = tl.zeros((8,), tl.float32)
-                        for part in tl.static_range(SPLIT):
-                            at_a = y + part * tokens * stride + start + r
-                            a += tl.load(at_a, mask=r < RANK, other=0.0).to(tl.float32)
-                        real = (r < RANK)[:, None] & inside[None, :]
-                        b = tl.load(lora_b + r[:, None] * width + column[None, :], mask=real, other=0.0)
-                        delta += tl.sum(a.to(kind).to(tl.float32)[:, None] * b.to(tl.float32), 0)
             h = (h + delta).to(kind).to(tl.float32)
-            tl.store(out + token * width + column, h.to(kind), mask=inside)
-        else:
             tl.store(out + token * width + column, h.to(kind), mask=inside)
         x = (h * tl.rsqrt(tl.sum(h * h, 0) / width + eps)).to(kind)
         tl.store(normed + token * width + column, (x * scale).to(kind), mask=inside)
