@@ -23,7 +23,7 @@ def left_padded() -> tuple[Tensor, Tensor]:
 
 
 def custom(network: Network, draft_length: int = 4) -> Callable[..., Tensor]:
-    return make_custom_generate(network, lambda params: Plan(draft_length, params, network.device))
+    return make_custom_generate(network, lambda params: Plan(draft_length, params))
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -55,7 +55,7 @@ def test_tokens_are_chosen_as_generate_was_asked_to(options, params):
 
     def plan(params: SamplingParams) -> Plan:
         seen.append(replace(params, seed=0))
-        return Plan(4, params, network.device)
+        return Plan(4, params)
 
     decoding = make_custom_generate(network, plan)
     generate(network.lm, *left_padded(), max_new_tokens=3, custom_generate=decoding, **options)

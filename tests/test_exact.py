@@ -14,6 +14,7 @@ from tidar.decode.engine import Answer, Engine, Limits
 from tidar.decode.step import Plan, Propose
 from tidar.layout import chain_layout, prefill_layout
 from tidar.model.network import Network
+from tidar.model.propose import Proposal
 from tidar.model.propose import propose as drafter_propose
 from tidar.sampling import SamplingParams
 from tiny import (
@@ -44,9 +45,10 @@ def decode(
     eos: int | None = None,
     propose: Propose = drafter_propose,
     batch_size: int | None = None,
+    outcomes: int | None = None,
     **params,
 ) -> list[Answer]:
-    engine = Engine(network, Plan(draft_length, SamplingParams(**params), network.device, propose))
+    engine = Engine(network, Plan(draft_length, SamplingParams(**params), outcomes, propose))
     limits = Limits(new, frozenset() if eos is None else frozenset([eos]))
     answers = {u.answer.row: u.answer for updates in engine.run(prompts, limits, batch_size) for u in updates}
     return [answers[row] for row in range(len(prompts))]
@@ -54,6 +56,11 @@ def decode(
 
 def tokens(answers: list[Answer]) -> list[list[int]]:
     return [answer.token_ids for answer in answers]
+
+
+def chosen(first: Tensor, drafts: Tensor) -> Proposal:
+    """Drafts of a proposer that is sure of them, and draws nothing."""
+    return Proposal(torch.cat((first[:, None], drafts[:, 1:]), 1), torch.ones(drafts[:, 1:].shape), None)
 
 
 class Oracle:
@@ -75,18 +82,18 @@ class Oracle:
             drafts.append(text[anchors[:, None] + torch.arange(1, draft_length + 1)])
         self.states, self.drafts = torch.cat(states), torch.cat(drafts)
 
-    def __call__(self, network, block, first, params, noise):
+    def __call__(self, network, block, logits, first, params, noise):
         place = torch.cdist(block.flatten(1), self.states).argmin(1)
         drafts = self.drafts[place]
         spoilt = torch.rand(drafts.shape, generator=self.generator) < self.error
         drafts = torch.where(spoilt, (drafts + 1) % VOCABULARY, drafts)
-        return torch.cat((first[:, None], drafts[:, 1:]), 1), None
+        return chosen(first, drafts)
 
 
-def guess(network, block, first, params, noise):
+def guess(network, block, logits, first, params, noise):
     """Proposes anything."""
     drafts = torch.randint(network.lm.config.vocab_size, block.shape[:2])
-    return torch.cat((first[:, None], drafts[:, 1:]), 1), None
+    return chosen(first, drafts)
 
 
 PROPOSERS: dict[str, Callable[[Network, str, int], Propose]] = {

@@ -83,14 +83,14 @@ def decoded(network: Network, context: Tensor, accepted: int) -> Tensor:
     """Logits of the block after context [1, n] in a decode step whose last `accepted` tokens are drafts that stand."""
     prefix, drafts = context[:, : context.shape[1] - accepted], torch.zeros(1, BLOCK, dtype=torch.long)
     drafts[:, :accepted] = context[:, context.shape[1] - accepted :]
-    cache = RowCache(1, network.device)
+    cache = RowCache(1, 64, network.device)
     if length := prefix.shape[1]:
         prefill = prefill_layout(torch.tensor([length]), length, BLOCK)
-        cache.reserve(prefill.size, 0)
+        cache.reserve(prefill.size)
         network(prefix, prefill, cache)
         cache.lengths += length
     layout = step_layout(BLOCK, range(1, BLOCK + 1)).after(cache.lengths)
-    cache.reserve(layout.size, length)
+    cache.reserve(layout.size)
     return network.head(network(drafts, layout, cache)[:, layout.block(accepted - 1)])
 
 
@@ -104,7 +104,7 @@ def test_drafting_walks_the_sampler_head_as_training_did(arch):
     marginal = network.head(block[:, 1:])
     excluded = marginal < marginal.topk(CANDIDATES).values[..., -1:]
     for params in (SamplingParams(), SamplingParams(0.7, top_k=5)):
-        drafts, probs = propose(network, block, first, params, noise)
+        drafts, _, probs = propose(network, block, marginal, first, params, noise)
         assert drafts[:, 0].equal(first)
         forced = network.head(network.drafter.sampler_head(block, network.embed(drafts[:, :-1])))[:, 1:]
         forced = forced.masked_fill(excluded, -torch.inf)
@@ -112,8 +112,8 @@ def test_drafting_walks_the_sampler_head_as_training_did(arch):
             assert probs is None
             assert drafts[:, 1:].equal(forced.argmax(-1))
         else:
-            close(probs, params.probabilities(forced))
-            assert (probs.gather(-1, drafts[:, 1:, None]) > 0).all()
+            close(params.probabilities(forced).gather(-1, probs.ids), probs.probs)
+            assert ((probs.probs > 0) & (probs.ids == drafts[:, 1:, None])).any(-1).all()
 
 
 @every_architecture

@@ -10,7 +10,16 @@ from torch import Tensor
 
 from chi_square import assert_drawn_from
 from tidar.errors import TidarError
-from tidar.sampling import SamplingParams, draw, mix_trust, row_seeds, uniforms, verify_greedy, verify_sampled
+from tidar.sampling import (
+    DraftProbs,
+    SamplingParams,
+    draw,
+    mix_trust,
+    row_seeds,
+    uniforms,
+    verify_greedy,
+    verify_sampled,
+)
 from tiny import tiny_lm
 
 VOCABULARY, DRAFTS, ROWS = 5, 3, 50_000
@@ -62,11 +71,16 @@ def three_tokens(p: Chain, q: Chain, point_mass: bool = False) -> Tensor:
     noise = uniforms(row_seeds(0, torch.arange(ROWS)), torch.full((ROWS,), 7), DRAFTS + 4)
     a, b = draw_drafts(q, noise[:, DRAFTS:])
     drafts = torch.stack((torch.zeros_like(a), a, b), 1)  # the first is already part of the output, so anything will do
-    draft_probs = None if point_mass else q.along(a, b)[:, :2]
+    draft_probs = None if point_mass else everywhere(q.along(a, b)[:, :2])
     accepted, token = verify_sampled(p.along(a, b), drafts, draft_probs, noise[:, :DRAFTS])
     a = torch.where(accepted > 1, a, token)
     b = torch.where(accepted > 2, b, torch.where(accepted > 1, token, draw(p.second[a], noise[:, -2])))
     return torch.stack((a, b, torch.where(accepted > 2, token, draw(p.third[a, b], noise[:, -1]))), 1)
+
+
+def everywhere(probs: Tensor) -> DraftProbs:
+    """Distributions over the whole vocabulary."""
+    return DraftProbs(torch.arange(probs.shape[-1]).expand(probs.shape), probs)
 
 
 def count(tokens: Tensor, vocabulary: int) -> Tensor:
@@ -111,7 +125,7 @@ def test_perfect_drafts_always_stand():
     noise = uniforms(row_seeds(0, torch.arange(ROWS)), torch.zeros(ROWS, dtype=torch.long), DRAFTS + 2)
     a, b = draw_drafts(p, noise[:, DRAFTS:])
     probs = p.along(a, b)
-    verdict = verify_sampled(probs, torch.stack((a, a, b), 1), probs[:, :2], noise[:, :DRAFTS])
+    verdict = verify_sampled(probs, torch.stack((a, a, b), 1), everywhere(probs[:, :2]), noise[:, :DRAFTS])
     assert (verdict.accepted == DRAFTS).all()
 
 

@@ -55,7 +55,7 @@ class TidarModel:
             raise TidarError(f"draft length is {draft_length}, but must be at least 1")
         trained = self.config.block_size if self.config is not None else 8
         length = 1 if mode == "ar" else draft_length or trained
-        return Plan(length, params or SamplingParams(), self.network.device)
+        return Plan(length, params or SamplingParams())
 
     @overload
     def generate(self, prompts: str, **options: object) -> Answer: ...

@@ -199,13 +199,19 @@ def prefill_layout(lengths: Tensor, width: int, block_size: int) -> Layout:
     return chain_layout(width, anchors, block_size, documents=padding.long())
 
 
-def step_layout(draft_length: int, outcomes: Sequence[int], device: torch.device | str = "cpu") -> Layout:
+def step_layout(draft_length: int, outcomes: Sequence[int] | Tensor, device: torch.device | str = "cpu") -> Layout:
     """One decode step (Fig. 3 right): the drafts, then one block per outcome j, "j drafts accepted", 1 <= j <= K.
 
-    One row, no prefix; call `.after(prefix)` each step.
+    No prefix; call `.after(prefix)` each step.
+
+    Args:
+        draft_length: K.
+        outcomes: the same for all rows, or [B, n] int64, ascending in each row.
+        device: where the layout lives, for a sequence.
     """
-    anchors = torch.tensor([[j - 1 for j in sorted(outcomes)]], dtype=torch.long, device=device)
-    return chain_layout(draft_length, anchors, draft_length)
+    if not isinstance(outcomes, Tensor):
+        outcomes = torch.tensor([sorted(outcomes)], dtype=torch.long, device=device)
+    return chain_layout(draft_length, outcomes - 1, draft_length)
 
 
 def tiled_anchors(clean: int, block_size: int, device: torch.device | str = "cpu") -> Tensor:

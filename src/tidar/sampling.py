@@ -84,19 +84,32 @@ class Verdict(NamedTuple):
     next_token: Tensor
 
 
-def verify_greedy(logits: Tensor, drafts: Tensor) -> Verdict:
+class DraftProbs(NamedTuple):
+    """Distributions q that drafts 2..K were drawn from, on the few tokens that have any weight.
+
+    ids [B, K-1, C], distinct in each position; probs [B, K-1, C] float32.
+    """
+
+    ids: Tensor
+    probs: Tensor
+
+
+def verify_greedy(logits: Tensor, drafts: Tensor, drafted: Tensor | None = None) -> Verdict:
     """Greedy verification: a draft stands while it is the argmax.
 
     Args:
         logits: [B, K, V]; logits[:, i] is the AR prediction after draft i.
         drafts: [B, K]; drafts[:, 0] is already a token of the AR model.
+        drafted: [B], how many of the drafts are any (1..K); default all.
     """
     choice = logits.argmax(-1)
-    accepted = _count_prefix(choice[:, :-1] == drafts[:, 1:])
+    accepted = _count_prefix(choice[:, :-1] == drafts[:, 1:], drafted)
     return Verdict(accepted, _at(choice, accepted - 1))
 
 
-def verify_sampled(probs: Tensor, drafts: Tensor, draft_probs: Tensor | None, noise: Tensor) -> Verdict:
+def verify_sampled(
+    probs: Tensor, drafts: Tensor, draft_probs: DraftProbs | None, noise: Tensor, drafted: Tensor | None = None
+) -> Verdict:
     """Rejection sampling (Leviathan et al. 2023): the output is distributed exactly as `probs`.
 
     Draft d stands with probability min(1, p(d) / q(d)); the first rejected one is redrawn from max(0, p - q),
@@ -105,31 +118,61 @@ def verify_sampled(probs: Tensor, drafts: Tensor, draft_probs: Tensor | None, no
     Args:
         probs: [B, K, V] processed AR distributions after each draft.
         drafts: [B, K]; drafts[:, 0] is already a token of the AR model.
-        draft_probs: [B, K-1, V], the distributions q that drafts[:, 1:] were drawn from; None where drafts were not
-            drawn but chosen (q is then a point mass on them).
+        draft_probs: what drafts[:, 1:] were drawn from; None where they were not drawn but chosen (q is then a point
+            mass on each).
         noise: [B, K] uniform in [0, 1), independent of the drafts.
+        drafted: [B], how many of the drafts are any (1..K); default all.
     """
     judged = drafts[:, 1:, None]
+    q = DraftProbs(judged, torch.ones_like(judged, dtype=probs.dtype)) if draft_probs is None else draft_probs
     p_draft = probs[:, :-1].gather(-1, judged)[..., 0]
-    q_draft = 1.0 if draft_probs is None else draft_probs.gather(-1, judged)[..., 0]
-    accepted = _count_prefix(noise[:, :-1] * q_draft < p_draft)
+    q_draft = (q.probs * (q.ids == judged)).sum(-1)
+    accepted = _count_prefix(noise[:, :-1] * q_draft < p_draft, drafted)
     p = _at(probs, accepted - 1)
-    # The bonus position has no draft, so q is zero there and p - q is p itself.
-    q = torch.zeros_like(probs[:, :-1]).scatter_(-1, judged, 1.0) if draft_probs is None else draft_probs
-    q = _at(torch.cat((q, torch.zeros_like(probs[:, :1])), 1), accepted - 1)
-    rest = (p - q).clamp(min=0)
-    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
-    return Verdict(accepted, draw(rest, noise[:, -1]))
+    if drafts.shape[1] > 1:
+        # Where no draft was judged, the token is a bonus: q is zero there and p - q is p itself.
+        last = (accepted - 1).clamp(max=drafts.shape[1] - 2)
+        rejected = accepted < (drafts.shape[1] if drafted is None else drafted)
+        rest = p.scatter_add(-1, _at(q.ids, last), -_at(q.probs, last).to(p.dtype) * rejected[:, None]).clamp(min=0)
+        p = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
+    return Verdict(accepted, draw(p, noise[:, -1]))
 
 
 def verify(
-    params: SamplingParams, logits: Tensor, drafts: Tensor, draft_probs: Tensor | None, noise: Tensor | None
+    params: SamplingParams,
+    logits: Tensor,
+    drafts: Tensor,
+    draft_probs: DraftProbs | None,
+    noise: Tensor | None,
+    drafted: Tensor | None = None,
 ) -> Verdict:
     """Judge drafts [B, K] by logits [B, K, V] as `params` asks; K = 1 simply picks the next token."""
     if params.greedy:
-        return verify_greedy(logits, drafts)
+        return verify_greedy(logits, drafts, drafted)
     assert noise is not None
-    return verify_sampled(params.probabilities(logits), drafts, draft_probs, noise)
+    return verify_sampled(params.probabilities(logits), drafts, draft_probs, noise, drafted)
+
+
+def outcome_probabilities(confidence: Tensor, drafted: Tensor) -> Tensor:
+    """[B, K] probability of each outcome "j drafts accepted", j = 1..K, from the drafts' own confidences.
+
+    P(j) = (prod_{i<=j} c_i) (1 - c_{j+1}), with c_1 = 1 (already decided) and c = 0 where nothing was drafted.
+
+    Args:
+        confidence: [B, K-1] the drafter's probability that drafts 2..K stand, each given the ones before it.
+        drafted: [B], how many of the drafts are any (1..K).
+    """
+    index = torch.arange(2, confidence.shape[1] + 2, device=confidence.device)
+    stands = confidence * (index <= drafted[:, None])
+    one, zero = stands.new_ones(len(stands), 1), stands.new_zeros(len(stands), 1)
+    reached = torch.cat((one, stands.cumprod(1)), 1)
+    return reached * (1 - torch.cat((stands, zero), 1))
+
+
+def likely_outcomes(confidence: Tensor, drafted: Tensor, count: int) -> Tensor:
+    """[B, count] the likeliest outcomes, ascending in 1..K. See `outcome_probabilities`."""
+    probabilities = outcome_probabilities(confidence, drafted)
+    return 1 + probabilities.topk(count, 1).indices.sort(1).values
 
 
 def draw(weights: Tensor, uniform: Tensor) -> Tensor:
@@ -144,9 +187,10 @@ def mix_trust(ar_logits: Tensor, diffusion_logits: Tensor, trust: float) -> Tens
     return trust * ar_logits + (1 - trust) * diffusion_logits
 
 
-def _count_prefix(stands: Tensor) -> Tensor:
-    """1 + the length of the leading run of True in [B, K-1]."""
-    return 1 + stands.long().cumprod(1).sum(1)
+def _count_prefix(stands: Tensor, drafted: Tensor | None) -> Tensor:
+    """1 + the length of the leading run of True in [B, K-1], at most `drafted`."""
+    accepted = 1 + stands.long().cumprod(1).sum(1)
+    return accepted if drafted is None else torch.minimum(accepted, drafted)
 
 
 def _at(values: Tensor, index: Tensor) -> Tensor:

@@ -6,17 +6,20 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from tidar.decode.step import Plan, State, prefill, step
+from tidar.decode.runner import Pending, Runner, runner_for
+from tidar.decode.step import Plan, State, prefill
 from tidar.decode.text import TextStream
 from tidar.errors import TidarError
 from tidar.model.network import Network
 
 FinishReason = Literal["stop", "length"]
+LAG = 1
+"""Forwards that a GPU runs ahead of the tokens that were read back."""
 REFILL = 8
 """Waiting prompts join once 1/8 of the batch is free: a prefill for every single row would cost more than it fills."""
 
@@ -79,13 +82,37 @@ class _Row:
     started: float
 
 
-class Engine:
-    """Reference engine: eager, on any device; rows accept different numbers of tokens and end at different times."""
+class Planner(Protocol):
+    """Decides, before every forward, what it does."""
 
-    def __init__(self, network: Network, plan: Plan, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        if plan.drafting and not network.can_draft:
+    longest: Plan
+    """The plan with the longest drafts that it may choose; a run begins with it."""
+
+    def choose(self, rows: int) -> Plan:
+        """Plan of the next forward over `rows` running rows."""
+        ...
+
+
+@dataclass
+class Fixed:
+    """The same plan always."""
+
+    longest: Plan
+
+    def choose(self, rows: int) -> Plan:
+        return self.longest
+
+
+class Engine:
+    """Decodes batches on any device; rows accept different numbers of tokens and end at different times."""
+
+    def __init__(
+        self, network: Network, plan: Plan | Planner, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> None:
+        self.network, self.tokenizer = network, tokenizer
+        self.planner = Fixed(plan) if isinstance(plan, Plan) else plan
+        if self.planner.longest.drafting and not network.can_draft:
             raise TidarError("this model has no drafter: convert it with `tidar train`, or decode with mode 'ar'")
-        self.network, self.plan, self.tokenizer = network, plan, tokenizer
 
     def run(
         self, prompts: Sequence[list[int]], limits: Limits, batch_size: int | None = None
@@ -99,48 +126,65 @@ class Engine:
         """
         waiting = deque(self._row(i, prompt, limits) for i, prompt in enumerate(prompts))
         places = min(batch_size or len(prompts), len(prompts))
-        slots: list[_Row | None] = []
-        state: State | None = None
-        while True:
-            free = range(places) if state is None else [slot for slot, row in enumerate(slots) if row is None]
+        if not places:
+            return
+        plan, lag = self.planner.longest, LAG if self.network.device.type == "cuda" else 0
+        runner = runner_for(self.network)
+        room = max(len(prompts[row.answer.row]) + row.room for row in waiting)
+        state = runner.prepare(places, room + (lag + 2) * plan.draft_length + plan.slots, plan)
+        slots: list[_Row | None] = [None] * places
+        running = deque[tuple[list[_Row | None], Pending]]()
+        while waiting or any(slots):
+            free = [slot for slot, row in enumerate(slots) if row is None]
             if waiting and len(free) * REFILL >= places:
                 joining = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
-                joined, updates = self._admit([prompts[row.answer.row] for row in joining], joining, limits)
-                if state is None:
-                    state, slots = joined, [*joining]
-                else:
-                    taken = free[: len(joining)]
-                    state.put_rows(torch.tensor(taken, device=self.network.device), joined)
-                    for slot, row in zip(taken, joining, strict=True):
-                        slots[slot] = row
-            elif state is not None and any(slots):
-                updates = self._advance(state, slots, limits)
-            else:
-                return
-            yield updates
+                yield self._admit(runner, state, free, joining, slots, prompts, limits)
+            elif not waiting:
+                slots = _compact(runner, state, slots)
             slots = [row if row is not None and row.answer.finish_reason is None else None for row in slots]
-            if state is not None and not waiting:
-                slots = _compact(state, slots)
+            if any(slots):
+                runner.set_active([row is not None for row in slots])
+                longest = max(row.length for row in slots if row is not None)
+                plan = self.planner.choose(sum(row is not None for row in slots))
+                running.append((slots, runner.step(plan, len(slots), longest)))
+            # The device is a step ahead: a row that ends is noticed one forward late, and that forward is not counted.
+            while running and (len(running) > lag or not any(slots)):
+                updates = self._collect(*running.popleft(), limits)
+                slots = [row if row is not None and row.answer.finish_reason is None else None for row in slots]
+                if updates:
+                    yield updates
 
     def _row(self, index: int, prompt: list[int], limits: Limits) -> _Row:
         stream = TextStream(self.tokenizer, limits.stop) if self.tokenizer is not None else None
         return _Row(Answer(index), stream, _room(self.network, prompt, limits, index), len(prompt), 0.0)
 
-    def _admit(self, prompts: list[list[int]], rows: list[_Row], limits: Limits) -> tuple[State, list[Update]]:
+    def _admit(
+        self,
+        runner: Runner,
+        state: State,
+        free: list[int],
+        joining: list[_Row],
+        slots: list[_Row | None],
+        prompts: Sequence[list[int]],
+        limits: Limits,
+    ) -> list[Update]:
+        """Prefill waiting rows into free places."""
         started = time.perf_counter()
-        state = prefill(self.network, prompts, [row.answer.row for row in rows], self.plan)
-        for row in rows:
-            row.started = started
-        first = state.drafts[:, :1].tolist()
-        return state, [_extend(row, tokens, limits) for row, tokens in zip(rows, first, strict=True)]
-
-    def _advance(self, state: State, slots: list[_Row | None], limits: Limits) -> list[Update]:
-        longest = max(row.length for row in slots if row is not None)
-        active = torch.tensor([row is not None for row in slots], device=self.network.device)
-        accepted, new = step(self.network, state, self.plan, longest, active)
+        ids = [row.answer.row for row in joining]
+        joined = prefill(self.network, [prompts[i] for i in ids], ids, self.planner.longest)
+        taken = free[: len(joining)]
+        state.put_rows(torch.tensor(taken, device=self.network.device), joined)
         updates = []
-        for row, count, tokens in zip(slots, accepted.tolist(), new.tolist(), strict=True):
-            if row is not None:
+        for slot, row, token in zip(taken, joining, joined.drafts[:, 0].tolist(), strict=True):
+            slots[slot], row.started = row, started
+            updates.append(_extend(row, [token], limits))
+        return updates
+
+    def _collect(self, slots: list[_Row | None], pending: Pending, limits: Limits) -> list[Update]:
+        """What a forward gave the rows that were running when it began and have not ended since."""
+        updates = []
+        for row, count, tokens in zip(slots, *pending.get(), strict=True):
+            if row is not None and row.answer.finish_reason is None:
                 row.length += count
                 updates.append(_extend(row, tokens[:count], limits))
         return updates
@@ -186,10 +230,11 @@ def _extend(row: _Row, tokens: list[int], limits: Limits) -> Update:
     return Update(answer, tokens[:taken], text)
 
 
-def _compact(state: State, slots: list[_Row | None]) -> list[_Row | None]:
-    """Drop free places once they are half of the batch: less often would waste forwards, more often copies."""
+def _compact(runner: Runner, state: State, slots: list[_Row | None]) -> list[_Row | None]:
+    """Halve the batch once half of its places are free: less often would waste forwards, more often copies."""
     alive = [slot for slot, row in enumerate(slots) if row is not None]
-    if not alive or len(alive) * 2 > len(slots):
+    size = runner.batch_for(len(alive))
+    if not alive or size * 2 > len(slots):
         return slots
-    state.keep_rows(torch.tensor(alive, device=state.drafts.device))
-    return [slots[slot] for slot in alive]
+    state.move_rows(torch.tensor(alive, device=state.drafts.device))
+    return [slots[slot] for slot in alive] + [None] * (size - len(alive))

@@ -1,64 +1,155 @@
 """One forward of a TiDAR model: verify the drafts, draft what comes next, keep the cache exact (Sec. 3.3, Fig. 3).
 
 `prefill` and `step` are the whole method. Plain autoregressive decoding is the same step with one draft (a token that
-is already decided) and no outcome blocks.
+is already decided) and no outcome blocks. A step changes its state in place and asks the device nothing, so the same
+function runs eagerly and inside a CUDA graph.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from tidar.decode.cache import RowCache
-from tidar.layout import Layout, prefill_layout, step_layout
+from tidar.layout import prefill_layout, step_layout
 from tidar.model.network import Network
-from tidar.model.propose import propose
-from tidar.sampling import SamplingParams, mix_trust, row_seeds, uniforms, verify
+from tidar.model.propose import CANDIDATES, Proposal, propose
+from tidar.sampling import DraftProbs, SamplingParams, likely_outcomes, mix_trust, row_seeds, uniforms, verify
 
-Propose = Callable[[Network, Tensor, Tensor, SamplingParams, Tensor | None], tuple[Tensor, Tensor | None]]
+Propose = Callable[[Network, Tensor, Tensor, Tensor, SamplingParams, Tensor | None], Proposal]
 
 
+GREEDY = SamplingParams()
+
+
+@dataclass(frozen=True)
 class Plan:
-    """What every step of a run does: draft length K, outcome blocks, and how tokens are chosen.
+    """What a step does.
 
-    K = 1 is autoregressive decoding. `propose` turns a block into drafts; tests replace it by oracles.
+    Attributes:
+        draft_length: K; 1 is autoregressive decoding.
+        params: how tokens are chosen.
+        outcomes: blocks that are drafted, the likeliest ones; None for all K.
+        propose: turns a block into drafts; tests replace it by oracles.
     """
 
-    def __init__(
-        self, draft_length: int, params: SamplingParams, device: torch.device, propose: Propose = propose
-    ) -> None:
-        self.draft_length, self.params, self.propose = draft_length, params, propose
-        self.drafting = draft_length > 1
-        self.layout: Layout = step_layout(draft_length, range(1, draft_length + 1) if self.drafting else (), device)
+    draft_length: int
+    params: SamplingParams = GREEDY
+    outcomes: int | None = None
+    propose: Propose = propose
+
+    @property
+    def drafting(self) -> bool:
+        return self.draft_length > 1
+
+    @property
+    def blocks(self) -> int:
+        """Outcome blocks of a step. Mixing trust judges every draft by a block of its own, so it needs all."""
+        if not self.drafting:
+            return 0
+        if self.outcomes is None or self.params.trust < 1:
+            return self.draft_length
+        return min(self.outcomes, self.draft_length)
+
+    @property
+    def slots(self) -> int:
+        """Query tokens a row in one forward."""
+        return self.draft_length * (1 + self.blocks)
+
+    @property
+    def key(self) -> Plan:
+        """The plan without its seed: what decides a captured step."""
+        return replace(self, params=replace(self.params, seed=0))
 
 
 @dataclass
 class State:
-    """A running batch. drafts: [B, K], the first already a token of the output; draft_probs: [B, K-1, V] or None."""
+    """A running batch of B rows, with room for drafts of length K. All tensors stay where they are.
+
+    Attributes:
+        cache: the accepted prefixes.
+        drafts: [B, K], the first already a token of the output.
+        drafted: [B], how many of them are any; 1 right after plain decoding.
+        confidence: [B, K-1] the drafter's probability of drafts 2..K.
+        draft_probs: what they were drawn from; None for greedy decoding.
+        seeds: [B] random streams.
+        active: [B] bool; rows that are not do not move.
+    """
 
     cache: RowCache
     drafts: Tensor
-    draft_probs: Tensor | None
+    drafted: Tensor
+    confidence: Tensor
+    draft_probs: DraftProbs | None
     seeds: Tensor
+    active: Tensor
+
+    @staticmethod
+    def empty(rows: int, capacity: int, draft_length: int, network: Network, sampled: bool) -> State:
+        """No row active; `capacity` tokens of cache a row."""
+        device, others = network.device, draft_length - 1
+        count = min(CANDIDATES, network.vocabulary)
+        probs = None
+        if sampled:
+            ids = torch.arange(count, device=device).repeat(rows, others, 1)
+            probs = DraftProbs(ids, torch.zeros(rows, others, count, device=device))
+        return State(
+            RowCache(rows, capacity, device),
+            torch.zeros(rows, draft_length, dtype=torch.long, device=device),
+            torch.ones(rows, dtype=torch.long, device=device),
+            torch.zeros(rows, others, device=device),
+            probs,
+            torch.zeros(rows, dtype=torch.long, device=device),
+            torch.zeros(rows, dtype=torch.bool, device=device),
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """Everything but the cache."""
+        return [self.drafts, self.drafted, self.confidence, self.seeds, self.active, *(self.draft_probs or ())]
+
+    def first(self, rows: int) -> State:
+        """The first `rows` rows, in the same memory."""
+        if rows == len(self.drafts):
+            return self
+        drafts, drafted, confidence, seeds, active, *probs = (tensor[:rows] for tensor in self.tensors())
+        kept = DraftProbs(*probs) if probs else None
+        return State(self.cache.first(rows), drafts, drafted, confidence, kept, seeds, active)
 
     @torch.inference_mode()
-    def keep_rows(self, rows: Tensor) -> None:
-        """Drop every row but `rows` [n]."""
-        self.cache.keep_rows(rows)
-        self.drafts, self.seeds = self.drafts[rows], self.seeds[rows]
-        if self.draft_probs is not None:
-            self.draft_probs = self.draft_probs[rows]
+    def move_rows(self, rows: Tensor) -> None:
+        """Bring the rows `rows` [n] to the front, in that order."""
+        self.cache.move_rows(rows)
+        for tensor in self.tensors():
+            tensor[: len(rows)] = tensor[rows]
 
     @torch.inference_mode()
     def put_rows(self, rows: Tensor, other: State) -> None:
-        """Put the rows of `other` in the places `rows` [n] of this batch."""
+        """Put the rows of `other` in the places `rows` [n]."""
         self.cache.put_rows(rows, other.cache)
-        self.drafts[rows], self.seeds[rows] = other.drafts, other.seeds
-        if self.draft_probs is not None and other.draft_probs is not None:
-            self.draft_probs[rows] = other.draft_probs
+        for mine, new in zip(self.tensors(), other.tensors(), strict=True):
+            (mine[:, : new.shape[1]] if new.dim() > 1 else mine)[rows] = new
+
+    def keep_drafts(self, proposal: Proposal, drafted: Tensor, vocabulary: int) -> None:
+        """Replace the drafts by a block's, which may be shorter than there is room for."""
+        length = proposal.drafts.shape[1]
+        self.drafts[:, :length] = proposal.drafts
+        self.drafted.copy_(drafted)
+        self.confidence[:, : length - 1] = proposal.confidence
+        if self.draft_probs is not None:
+            probs = proposal.probs or point_masses(proposal.drafts, self.draft_probs.ids.shape[2], vocabulary)
+            for mine, new in zip(self.draft_probs, probs, strict=True):
+                mine[:, : length - 1] = new
+
+
+def point_masses(drafts: Tensor, count: int, vocabulary: int) -> DraftProbs:
+    """Drafts [B, K] that were chosen, not drawn, as distributions over `count` tokens each."""
+    ids = (drafts[:, 1:, None] + torch.arange(count, device=drafts.device)) % vocabulary
+    probs = torch.zeros(ids.shape, device=drafts.device)
+    probs[..., 0] = 1
+    return DraftProbs(ids, probs)
 
 
 @torch.inference_mode()
@@ -68,63 +159,100 @@ def prefill(network: Network, prompts: list[list[int]], rows: list[int], plan: P
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     ids = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=device)
     layout = prefill_layout(lengths, width, plan.draft_length if plan.drafting else 0)
-    cache = RowCache(len(prompts), device)
-    cache.reserve(layout.size, 0)
-    hidden = network(ids, layout, cache)
-    cache.lengths = lengths
+    state = State.empty(len(prompts), layout.size, plan.draft_length, network, not plan.params.greedy)
+    state.seeds.copy_(row_seeds(plan.params.seed, torch.tensor(rows, device=device)))
+    state.active.fill_(True)
+    state.cache.reserve(layout.size)
+    hidden = network(ids, layout, state.cache)
     last = hidden[torch.arange(len(prompts), device=device), lengths - 1]
-    block = hidden[:, layout.block(0)] if plan.drafting else None
-    state = State(cache, ids[:, :1], None, row_seeds(plan.params.seed, torch.tensor(rows, device=device)))
+    masks = hidden[:, layout.block(0)] if plan.drafting else hidden[:, :0]
     # A prefill is a step whose only "draft", the last prompt token, stands.
-    _decide(network, state, plan, last[:, None], None if block is None else block[:, None], torch.zeros_like(lengths))
+    state.drafts[:, 0] = ids.gather(1, lengths[:, None] - 1)[:, 0]
+    outcomes = torch.ones(len(prompts), 1, dtype=torch.long, device=device)
+    _decide(network, state, plan, last[:, None], masks, outcomes)
+    state.cache.lengths.copy_(lengths)
     return state
 
 
 @torch.inference_mode()
-def step(
-    network: Network, state: State, plan: Plan, longest: int, active: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def step(network: Network, state: State, plan: Plan, longest: int | None = None) -> tuple[Tensor, Tensor]:
     """Judge the state's drafts and draft again, in one forward.
 
-    `longest` is the largest of the cache's lengths (the caller knows it without asking the device); rows where `active`
-    [B] is False do not move.
+    `longest` is the largest of the cache's lengths, where the caller knows it (see `RowCache.reserve`).
 
     Returns:
-        accepted [B], how many drafts stood (1..K), and new tokens [B, K]: row b gained new[b, :accepted[b]], that is
-        drafts 2..j and the verifier's own next token.
+        accepted [B], how many drafts stood (1..K; 0 in rows that are not active), and new tokens [B, K]: row b gained
+        new[b, :accepted[b]], that is drafts 2..j and the verifier's own next token.
     """
-    if active is not None:
-        # A finished row may be longer than `longest`: it has no prefix any more, and writes at the front of its slots.
-        state.cache.lengths = torch.where(active, state.cache.lengths, 0)
-    cache, layout, drafts = state.cache, plan.layout.after(state.cache.lengths), state.drafts
+    cache, length = state.cache, plan.draft_length
+    # A row that ended may be longer than `longest`: it has no prefix any more, and writes at the front of its slots.
+    cache.lengths.mul_(state.active)
+    drafts, outcomes = state.drafts[:, :length].clone(), _outcomes(state, plan)
+    layout = step_layout(length, outcomes).after(cache.lengths)
     cache.reserve(layout.size, longest)
     hidden = network(drafts, layout, cache)
-    clean, masks = hidden[:, : layout.clean], hidden[:, layout.clean :]
-    blocks = masks.unflatten(1, (layout.blocks, layout.block_size)) if plan.drafting else None
-    accepted = _decide(network, state, plan, clean, blocks, cache.lengths)
-    new = torch.cat((drafts[:, 1:], drafts[:, :1]), 1).scatter(1, accepted[:, None] - 1, state.drafts[:, :1])
-    if active is not None:
-        accepted = torch.where(active, accepted, 0)
-    cache.lengths = cache.lengths + accepted
+    accepted, next_token = _decide(network, state, plan, hidden[:, :length], hidden[:, length:], outcomes)
+    new = torch.cat((drafts[:, 1:], drafts[:, :1]), 1).scatter(1, accepted[:, None] - 1, next_token[:, None])
+    accepted = accepted * state.active
+    cache.lengths.add_(accepted)
     return accepted, new
 
 
-def _decide(network: Network, state: State, plan: Plan, clean: Tensor, blocks: Tensor | None, key: Tensor) -> Tensor:
-    """Verify, then draft from the block of the true outcome; `key` [B] names this step's random numbers.
+def _outcomes(state: State, plan: Plan) -> Tensor:
+    """[B or 1, blocks] the outcomes that this step drafts for."""
+    if plan.blocks in (0, plan.draft_length):
+        return torch.arange(1, plan.blocks + 1, device=state.drafts.device)[None]
+    drafted = state.drafted.clamp(max=plan.draft_length)
+    return likely_outcomes(state.confidence[:, : plan.draft_length - 1], drafted, plan.blocks)
 
-    clean is [B, K, H], blocks [B, K, K, H] (outcome j at index j - 1). Sets the state's drafts, returns accepted [B].
+
+def _decide(
+    network: Network, state: State, plan: Plan, clean: Tensor, masks: Tensor, outcomes: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Verify, then draft from the block of the true outcome; sets the state's drafts.
+
+    Args:
+        clean: [B, n, H] final hidden states of the drafts; n = K, or 1 for a prefill.
+        masks: [B, blocks * K, H] those of the outcome blocks.
+        outcomes: [B or 1, blocks] what each block stands for, ascending.
+
+    Returns:
+        accepted [B] and the verifier's next token [B].
     """
-    params, judged = plan.params, clean.shape[1]
-    noise = None if params.greedy else uniforms(state.seeds, key, judged + plan.draft_length - 1)
-    logits = network.head(clean)
-    if blocks is not None and params.trust < 1:
-        logits = mix_trust(logits, network.head(blocks[:, :, 0]), params.trust)
+    params, judged, length = plan.params, clean.shape[1], plan.draft_length
+    noise = None if params.greedy else uniforms(state.seeds, state.cache.lengths, judged + length - 1)
     verify_noise, draft_noise = (None, None) if noise is None else (noise[:, :judged], noise[:, judged:])
-    accepted, next_token = verify(params, logits, state.drafts[:, :judged], state.draft_probs, verify_noise)
-    if blocks is None:
-        state.drafts = next_token[:, None]
+    probs = state.draft_probs
+    if probs is not None:
+        probs = DraftProbs(*(tensor[:, : judged - 1] for tensor in probs))
+    drafted = state.drafted.clamp(max=judged)
+    blocks = masks.unflatten(1, (-1, length))
+    # One pass over the vocabulary's weights for all, where reading them is what it costs.
+    everything = plan.drafting and clean.is_cuda and len(clean) * (judged + blocks.shape[1] * (length - 1)) <= 288
+    if everything:
+        logits, block_logits = network.head(torch.cat((clean, blocks[:, :, 1:].flatten(1, 2)), 1)).split(
+            (judged, blocks.shape[1] * (length - 1)), 1
+        )
     else:
-        rows = torch.arange(len(accepted), device=accepted.device)
-        block = blocks[rows, accepted - 1]
-        state.drafts, state.draft_probs = plan.propose(network, block, next_token, params, draft_noise)
-    return accepted
+        logits = network.head(clean)
+    if plan.drafting and params.trust < 1:
+        logits = mix_trust(logits, network.head(blocks[:, :, 0]), params.trust)
+    accepted, next_token = verify(params, logits, state.drafts[:, :judged], probs, verify_noise, drafted)
+    if not plan.drafting:
+        state.drafts[:, 0] = next_token
+        state.drafted.fill_(1)
+        return accepted, next_token
+    # The block of the true outcome; if it was pruned, what the nearest earlier outcome's says beyond the next token.
+    rows = torch.arange(len(accepted), device=accepted.device)
+    nearest = (outcomes <= accepted[:, None]).sum(1) - 1
+    index = nearest.clamp(min=0)
+    late = accepted - outcomes.expand(len(accepted), -1).gather(1, index[:, None])[:, 0]
+    place = (late.clamp(min=0)[:, None] + torch.arange(length, device=late.device)).clamp(max=length - 1)
+    block = blocks[rows[:, None], index[:, None], place]
+    if everything:
+        block_logits = block_logits.unflatten(1, (-1, length - 1))[rows[:, None], index[:, None], place[:, 1:] - 1]
+    else:
+        block_logits = network.head(block[:, 1:])
+    proposal = plan.propose(network, block, block_logits, next_token, params, draft_noise)
+    state.keep_drafts(proposal, torch.where(nearest < 0, 1, length - late), network.vocabulary)
+    return accepted, next_token

@@ -31,6 +31,7 @@ try:
 except ImportError:  # a CPU build of torch brings no Triton
     triton = tl = prefetch = None
 
+
 def available(device: torch.device) -> bool:
     """Whether Triton kernels run on `device`. (Tests also run them on the CPU, in Triton's interpreter.)"""
     return triton is not None and device.type == "cuda"

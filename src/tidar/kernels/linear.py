@@ -15,8 +15,7 @@ from torch import Tensor
 
 from tidar.kernels.launch import options, prefetch, tl, triton
 
-
-AHEAD = 4
+AHEAD = 1
 """Weight tiles a program has fetched into L2 before it waits for its input."""
 
 
@@ -87,7 +86,7 @@ def choose(tokens: int, out: int, inner: int) -> Tiling | None:
     """
     rows, columns = 64, 128
     tiles = -(-out // rows)
-    if tokens > 128 or (16 < tokens and tiles > 128):
+    if tokens > 128 or (tokens > 16 and tiles > 128):
         return None
     split = 1
     while split < 8 and tiles * split < (256 if tokens <= 16 else 96) and inner >= 2 * split * 256:

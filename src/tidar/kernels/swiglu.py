@@ -21,9 +21,7 @@ def swiglu_eager(partial: Tensor, width: int, low_rank: LowRank | None, slots: i
     return F.silu(gate) * up
 
 
-def swiglu(
-    partial: Tensor, width: int, low_rank: LowRank | None, slots: int, clean: int, dtype: torch.dtype
-) -> Tensor:
+def swiglu(partial: Tensor, width: int, low_rank: LowRank | None, slots: int, clean: int, dtype: torch.dtype) -> Tensor:
     """[T, width] from partial sums [split, T, 2 * width + R]: gate columns, up columns, A(x) of both.
 
     low_rank.b is [R, 2 * width], block-diagonal where gate and up have a LoRA each.

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tidar.kernels import attention, norm, rotary, swiglu
@@ -79,7 +78,16 @@ class FusedBackbone:
             keys, values = cache.layer(index, layer.heads.kv, layer.heads.dim, embedded.dtype)
             y = project(x, layer.qkv.seen_by(masks))
             query = rotate(
-                y, layer.heads, layer.qkv.low_rank if masks else None, cos, sin, keys, values, layout.prefix, slots, clean
+                y,
+                layer.heads,
+                layer.qkv.low_rank if masks else None,
+                cos,
+                sin,
+                keys,
+                values,
+                layout.prefix,
+                slots,
+                clean,
             )
             context = attend(query, keys, values, layout, layer.scale)
             partial = project(context.reshape(batch * slots, -1), layer.out.seen_by(masks))
@@ -95,23 +103,32 @@ class FusedBackbone:
         return x.view(batch, slots, width)
 
     def _norm(
-        self, add_norm: Any, h: Tensor, partial: Tensor | None, weight: Tensor, of: Projection | None, slots: int, clean: int
+        self,
+        add_norm: Any,
+        h: Tensor,
+        partial: Tensor | None,
+        weight: Tensor,
+        of: Projection | None,
+        slots: int,
+        clean: int,
     ) -> tuple[Tensor, Tensor]:
         low_rank = of.low_rank if of is not None and clean < slots else None
         bias = of.bias if of is not None else None
         return add_norm(h, partial, weight, self.eps, low_rank, slots, clean, bias)
 
 
-def fuse(backbone: nn.Module, layers: nn.ModuleList) -> FusedBackbone | None:
+def fuse(backbone: Any) -> FusedBackbone | None:
     """The fused twin of `backbone`, or None if it is not built like a Llama. Stock weights become views, in place."""
     names = {name for name, _ in backbone.named_children()}
-    if not {"layers", "norm", "rotary_emb"} <= names or not all(map(_llama_like, layers)):
+    if names != {"embed_tokens", "layers", "norm", "rotary_emb"} or not all(map(_llama_like, backbone.layers)):
         return None
     eps = backbone.norm.variance_epsilon
-    return FusedBackbone([_fuse_layer(layer) for layer in layers], backbone.norm.weight, eps, backbone.rotary_emb)
+    return FusedBackbone(
+        [_fuse_layer(layer) for layer in backbone.layers], backbone.norm.weight, eps, backbone.rotary_emb
+    )
 
 
-def _llama_like(layer: nn.Module) -> bool:
+def _llama_like(layer: Any) -> bool:
     def names(module: nn.Module) -> set[str]:
         return {name for name, _ in module.named_children()}
 
@@ -131,7 +148,7 @@ def _llama_like(layer: nn.Module) -> bool:
     )
 
 
-def _fuse_layer(layer: nn.Module) -> FusedLayer:
+def _fuse_layer(layer: Any) -> FusedLayer:
     attn, mlp = layer.self_attn, layer.mlp
     dim = attn.head_dim
     qkv, out = _fuse([attn.q_proj, attn.k_proj, attn.v_proj]), _fuse([attn.o_proj])
@@ -169,6 +186,6 @@ def _fuse(linears: list[nn.Linear]) -> Projection:
             stacked[width:][at] = x.lora_A.weight
             b[at, start:end] = x.lora_B.weight.T * x.scaling
         start = end
-    biases = [x.bias if x.bias is not None else weight.new_zeros(x.out_features) for x in linears]
+    biases: list[Tensor] = [x.bias if x.bias is not None else weight.new_zeros(x.out_features) for x in linears]
     bias = None if all(x.bias is None for x in linears) else torch.cat(biases)
     return Projection(stacked, width, bias, LowRank(b, width) if rank else None)

@@ -13,6 +13,10 @@ from tidar.config import TidarConfig
 from tidar.errors import TidarError
 from tidar.layout import Layout
 from tidar.model.drafter import Drafter
+from tidar.model.fused import FusedBackbone, fuse
+
+FUSED_SLOTS = 512
+"""Larger forwards are prefills, which the stock modules do as well."""
 
 
 class Network(nn.Module):
@@ -22,11 +26,15 @@ class Network(nn.Module):
         lm: the causal LM (its `attn_implementation` must be "tidar").
         drafter: the gated drafter of a lossless conversion; None for an all-weights or a plain model.
         config: how it was converted; None for a plain causal LM, which can only decode autoregressively.
+        fused: the backbone as few large kernels (see fused.py), used by forwards over a row cache.
+        runner: captured steps, kept between runs (see decode/runner.py).
     """
 
     def __init__(self, lm: PreTrainedModel, drafter: Drafter | None = None, config: TidarConfig | None = None) -> None:
         super().__init__()
         self.lm, self.drafter, self.config = lm, drafter, config
+        self.fused: FusedBackbone | None = None
+        self.runner: object | None = None
 
     @property
     def can_draft(self) -> bool:
@@ -48,8 +56,17 @@ class Network(nn.Module):
         return frozenset(ids if isinstance(ids, list) else [] if ids is None else [ids])
 
     @property
+    def vocabulary(self) -> int:
+        """Rows of the output embedding."""
+        return int(self.lm.get_output_embeddings().weight.shape[0])
+
+    @property
     def backbone(self) -> nn.Module:
         return self.lm.get_submodule(self.lm.base_model_prefix)
+
+    def build_fused(self) -> FusedBackbone | None:
+        """The backbone's fused twin, where it has one. It copies the drafter: build it after training."""
+        return fuse(self.backbone)
 
     def embed(self, ids: Tensor) -> Tensor:
         return self.lm.get_input_embeddings()(ids)
@@ -85,12 +102,14 @@ class Network(nn.Module):
         if masks:
             vector = self.mask_vector().to(embedded.dtype)
             embedded = torch.cat((embedded, vector.expand(len(ids), masks, -1)), 1)
-        if mask is None:
-            mask = layout.dense_mask(None if cache is None else cache.width)  # type: ignore[attr-defined]
         position = layout.position
         if self.max_positions is not None:
             # Masks (and drafts not yet judged) may stand past the context's end; no token there is ever committed.
             position = position.clamp(max=self.max_positions - 1)
+        if self.fused is not None and cache is not None and layout.size <= FUSED_SLOTS:
+            return self.fused(embedded, layout, position, cache)
+        if mask is None:
+            mask = layout.dense_mask(None if cache is None else cache.width)  # type: ignore[attr-defined]
         with self.drafter.gate.opened(layout.clean) if self.drafter is not None else nullcontext():
             output = self.backbone(
                 inputs_embeds=embedded,

@@ -2,63 +2,65 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from tidar.model.network import Network
-from tidar.sampling import SamplingParams, draw
+from tidar.sampling import DraftProbs, SamplingParams, draw
 
 CANDIDATES = 64
-"""Tokens a position that the sampler head re-scores: the likeliest of the mask's own logits."""
+"""Tokens a position that can be drafted: the likeliest of the mask's own logits, re-scored by the sampler head."""
+
+
+class Proposal(NamedTuple):
+    """Draft tokens of one block.
+
+    drafts [B, K], the first already decided; confidence [B, K-1], the drafter's own probability of the others
+    (float32, before temperature); probs, what they were drawn from, None for greedy drafts.
+    """
+
+    drafts: Tensor
+    confidence: Tensor
+    probs: DraftProbs | None
 
 
 def propose(
-    network: Network, block: Tensor, first: Tensor, params: SamplingParams, noise: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+    network: Network, block: Tensor, logits: Tensor, first: Tensor, params: SamplingParams, noise: Tensor | None
+) -> Proposal:
     """Draft K tokens from one outcome block.
 
     Args:
         block: [B, K, H] final hidden states of the block's masks.
+        logits: [B, K-1, V] of all but the first of them.
         first: [B] d_1, the verified next token.
         noise: [B, K-1] uniform in [0, 1), None for greedy.
-
-    Returns:
-        drafts [B, K] with drafts[:, 0] = first, and the distributions [B, K-1, V] that the others were drawn from
-        (None for greedy: drafts are the argmax).
     """
-    logits = network.head(block[:, 1:])
-    head = network.drafter.sampler_head if network.drafter is not None else None
-    if head is None:
-        if params.greedy:
-            return torch.cat((first[:, None], logits.argmax(-1)), 1), None
-        assert noise is not None
-        probs = params.probabilities(logits)
-        return torch.cat((first[:, None], draw(probs, noise)), 1), probs
-
     # The head only re-ranks: scoring a few candidates a position costs a gather instead of a pass over the vocabulary.
-    output = network.lm.get_output_embeddings()
-    candidates = logits.topk(min(CANDIDATES, logits.shape[-1]), -1).indices
-    rows, bias = output.weight[candidates], output.bias[candidates] if output.bias is not None else None
+    scores, candidates = logits.topk(min(CANDIDATES, logits.shape[-1]), -1)
+    head = network.drafter.sampler_head if network.drafter is not None else None
     state = torch.zeros_like(block[:, 0], dtype=torch.float32)
-    drafts, drawn_from = [first], list[Tensor]()
+    output = network.lm.get_output_embeddings()
+    if head is not None:
+        rows, bias = output.weight[candidates], output.bias[candidates] if output.bias is not None else None
+    drafts, confidence, drawn_from = [first], list[Tensor](), list[Tensor]()
     for m in range(block.shape[1] - 1):
-        inputs = head.inputs(block[:, m + 1], network.embed(drafts[-1]))
-        state = head.advance(state, inputs)
-        rescored = (block[:, m + 1] + state.to(block.dtype))[:, None]
-        scores = (rows[:, m] @ rescored.transpose(1, 2))[..., 0]
-        if bias is not None:
-            scores = scores + bias[:, m]
+        score = scores[:, m]
+        if head is not None:
+            state = head.advance(state, head.inputs(block[:, m + 1], network.embed(drafts[-1])))
+            rescored = (block[:, m + 1] + state.to(block.dtype))[:, None]
+            score = (rows[:, m] @ rescored.transpose(1, 2))[..., 0]
+            if bias is not None:
+                score = score + bias[:, m]
         if params.greedy:
-            chosen = scores.argmax(-1)
+            chosen = score.argmax(-1)
         else:
             assert noise is not None
-            weights = params.probabilities(scores)
+            weights = params.probabilities(score)
             drawn_from.append(weights)
             chosen = draw(weights, noise[:, m])
         drafts.append(candidates[:, m].gather(1, chosen[:, None])[:, 0])
-    tokens = torch.stack(drafts, 1)
-    if params.greedy:
-        return tokens, None
-    stacked = torch.stack(drawn_from, 1)
-    full = torch.zeros_like(logits, dtype=stacked.dtype).scatter_(-1, candidates, stacked)
-    return tokens, full
+        confidence.append(score.float().softmax(-1).gather(1, chosen[:, None])[:, 0])
+    probs = None if params.greedy else DraftProbs(candidates, torch.stack(drawn_from, 1))
+    return Proposal(torch.stack(drafts, 1), torch.stack(confidence, 1), probs)

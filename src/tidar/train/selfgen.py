@@ -80,7 +80,7 @@ def self_generate(
         mine = [ids for ids, t in jobs if t == temperature]
         if not mine:
             continue
-        plan = Plan(1, SamplingParams(temperature, seed=how.seed + k), network.device)
+        plan = Plan(1, SamplingParams(temperature, seed=how.seed + k))
         deadline = None if how.seconds is None else started + how.seconds * (k + 1) / len(temperatures)
         for updates in Engine(network, plan).run(mine, Limits(how.max_new_tokens, network.eos_ids), how.batch_size):
             for update in updates:

@@ -1,0 +1,181 @@
+"""Runs steps over one batch's state: eagerly on any device, as captured CUDA graphs on a GPU.
+
+A runner keeps its buffers and graphs between runs, so that only the first answer pays for capturing (and compiling
+kernels, which Triton keeps on disk).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tidar.decode.cache import RowCache
+from tidar.decode.step import Plan, State, step
+from tidar.layout import prefill_layout
+from tidar.model.network import Network
+
+FUSED_ERROR = 0.2
+"""Relative difference of final states that rounding explains (bfloat16, deep models); another model gives about 1."""
+CAPACITY = 1024
+"""Cache room on a GPU comes in multiples of this, so that the next run's prompts fit as well."""
+
+
+class Pending(Protocol):
+    """A forward's result, perhaps still on its way."""
+
+    def get(self) -> tuple[list[int], list[list[int]]]:
+        """accepted [B] and new tokens [B, K], see `decode.step.step`; waits if it must."""
+        ...
+
+
+class Ready:
+    """A result that is here."""
+
+    def __init__(self, accepted: Tensor, new: Tensor) -> None:
+        self.accepted, self.new = accepted, new
+
+    def get(self) -> tuple[list[int], list[list[int]]]:
+        return self.accepted.tolist(), self.new.tolist()
+
+
+class Copied:
+    """A result that is copied to the host as soon as the device has it."""
+
+    def __init__(self, accepted: Tensor, new: Tensor) -> None:
+        both = torch.cat((accepted[:, None], new), 1)
+        self.result = torch.empty(both.shape, dtype=both.dtype, pin_memory=True)
+        self.result.copy_(both, non_blocking=True)
+        self.event = torch.cuda.Event()
+        self.event.record()
+
+    def get(self) -> tuple[list[int], list[list[int]]]:
+        self.event.synchronize()
+        return self.result[:, 0].tolist(), self.result[:, 1:].tolist()
+
+
+class Runner:
+    """Steps of one network over one state. The eager runner; see `GraphRunner` for the fast one."""
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        self.state: State | None = None
+
+    def prepare(self, rows: int, capacity: int, plan: Plan) -> State:
+        """A state for a new run, of at least this size; no row is active."""
+        self.state = State.empty(rows, capacity, plan.draft_length, self.network, not plan.params.greedy)
+        return self.state
+
+    def batch_for(self, rows: int) -> int:
+        """Batch size that `rows` running rows should be compacted to."""
+        return rows
+
+    @torch.inference_mode()
+    def set_active(self, active: list[bool]) -> None:
+        """Say which of the first rows run."""
+        assert self.state is not None
+        self.state.active[: len(active)] = torch.tensor(active, device=self.state.active.device)
+
+    def step(self, plan: Plan, rows: int, longest: int) -> Pending:
+        """One forward over the first `rows` rows."""
+        assert self.state is not None
+        return Ready(*step(self.network, self.state.first(rows), plan, longest))
+
+
+class GraphRunner(Runner):
+    """Every (plan, batch size) is captured once as a CUDA graph and then replayed."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__(network)
+        self.graphs: dict[tuple[Plan, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self.active: list[bool] = []
+
+    @torch.inference_mode()
+    def prepare(self, rows: int, capacity: int, plan: Plan) -> State:
+        held, sampled = self.state, not plan.params.greedy
+        self.active = []
+        if (
+            held is not None
+            and rows <= len(held.drafts)
+            and capacity <= held.cache.capacity
+            and plan.draft_length <= held.drafts.shape[1]
+            and sampled == (held.draft_probs is not None)
+        ):
+            held.active.zero_()
+            return held
+        if held is not None:
+            rows, length = max(rows, len(held.drafts)), max(plan.draft_length, held.drafts.shape[1])
+        else:
+            length = plan.draft_length
+        self.graphs.clear()
+        self.state = None  # its memory first
+        capacity = -(-capacity // CAPACITY) * CAPACITY
+        self.state = State.empty(rows, capacity, length, self.network, sampled)
+        return self.state
+
+    def batch_for(self, rows: int) -> int:
+        return 1 << max(0, rows - 1).bit_length()
+
+    def set_active(self, active: list[bool]) -> None:
+        if active != self.active:
+            super().set_active(active)
+            self.active = active
+
+    @torch.inference_mode()
+    def step(self, plan: Plan, rows: int, longest: int) -> Pending:
+        key = plan.key, rows
+        if key not in self.graphs:
+            self.graphs[key] = self._capture(plan, rows)
+        graph, accepted, new = self.graphs[key]
+        graph.replay()
+        return Copied(accepted, new)
+
+    def _capture(self, plan: Plan, rows: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+        assert self.state is not None
+        state, started = self.state.first(rows), time.perf_counter()
+        kept = [tensor.clone() for tensor in (state.cache.lengths, *state.tensors())]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step(self.network, state, plan)  # compiles kernels and makes the libraries' workspaces
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            accepted, new = step(self.network, state, plan)
+        for tensor, value in zip((state.cache.lengths, *state.tensors()), kept, strict=True):
+            tensor.copy_(value)
+        torch.cuda.synchronize()
+        if (seconds := time.perf_counter() - started) > 2:
+            print(f"captured a step of {plan.slots} slots x {rows} rows in {seconds:.1f} s", file=sys.stderr)
+        return graph, accepted, new
+
+
+def runner_for(network: Network) -> Runner:
+    """The runner of a network: kept with it on a GPU, a new one elsewhere."""
+    if network.device.type != "cuda":
+        return Runner(network)
+    if not isinstance(network.runner, GraphRunner):
+        fuse(network)
+        network.runner = GraphRunner(network)
+    return network.runner
+
+
+@torch.inference_mode()
+def fuse(network: Network) -> None:
+    """Give the network its fused backbone, if it has one that says the same as the stock modules on a few tokens."""
+    fused = network.build_fused()
+    if fused is None:
+        return
+    device = network.device
+    ids = torch.arange(1, 25, device=device)[None] % network.vocabulary
+    layout = prefill_layout(torch.tensor([24], device=device), 24, 4 if network.can_draft else 0)
+    said = []
+    for network.fused in (None, fused):
+        cache = RowCache(1, layout.size, device)
+        cache.reserve(layout.size)
+        said.append(network(ids, layout, cache).double())
+    if not (said[0] - said[1]).norm() < FUSED_ERROR * said[0].norm():
+        network.fused = None
