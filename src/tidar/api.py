@@ -10,8 +10,9 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tidar.config import TidarConfig
-from tidar.decode.engine import Answer, Engine, Limits, Update
+from tidar.decode.engine import Answer, Engine, Limits, Planner, Update
 from tidar.decode.hf import make_custom_generate
+from tidar.decode.planner import AutoPlanner
 from tidar.decode.step import Plan
 from tidar.errors import TidarError
 from tidar.model import hub
@@ -47,15 +48,47 @@ class TidarModel:
     def config(self) -> TidarConfig | None:
         return self.network.config
 
-    def plan(self, mode: Mode = "tidar", draft_length: int | None = None, params: SamplingParams | None = None) -> Plan:
-        """Draft length and token choice of a run; the default draft length is the block size of training."""
+    def plan(
+        self,
+        mode: Mode = "tidar",
+        draft_length: int | None = None,
+        params: SamplingParams | None = None,
+        outcomes: int | None = None,
+        plan: Literal["auto", "fixed"] = "auto",
+        remeasure: bool = False,
+    ) -> Plan | Planner:
+        """What a run's forwards do.
+
+        Args:
+            mode: "ar" for plain decoding.
+            draft_length: K. Naming it (or `outcomes`) fixes the plan.
+            params: how tokens are chosen.
+            outcomes: outcome blocks drafted in each forward, the likeliest; default all K.
+            plan: "auto" chooses draft length and outcomes by measured cost and observed acceptance; "fixed" takes the
+                block size of training and all outcomes.
+            remeasure: measure the costs of this machine again.
+        """
         if mode not in ("tidar", "ar"):
             raise TidarError(f"mode is {mode!r}, but must be 'tidar' or 'ar'")
-        if draft_length is not None and draft_length < 1:
-            raise TidarError(f"draft length is {draft_length}, but must be at least 1")
+        if plan not in ("auto", "fixed"):
+            raise TidarError(f"plan is {plan!r}, but must be 'auto' or 'fixed'")
+        for name, value in (("draft length", draft_length), ("outcomes", outcomes)):
+            if value is not None and value < 1:
+                raise TidarError(f"{name} is {value}, but must be at least 1")
+        params = params or SamplingParams()
+        if mode == "ar":
+            return Plan(1, params)
+        # Trust judges every draft by a block of its own, so there is nothing to choose.
+        if (
+            plan == "auto"
+            and draft_length is None
+            and outcomes is None
+            and params.trust == 1
+            and self.network.can_draft
+        ):
+            return AutoPlanner(params, remeasure)
         trained = self.config.block_size if self.config is not None else 8
-        length = 1 if mode == "ar" else draft_length or trained
-        return Plan(length, params or SamplingParams())
+        return Plan(draft_length or trained, params, outcomes)
 
     @overload
     def generate(self, prompts: str, **options: object) -> Answer: ...
@@ -94,7 +127,8 @@ class TidarModel:
         Args:
             prompt: a text (sent as a user message through the chat template) or a message list.
             **options: max_new_tokens (256), temperature (0), top_k, top_p, min_p, seed (0), trust (1), stop (texts),
-                mode ("tidar" or "ar"), draft_length (block size of training), raw (False: use the chat template).
+                mode ("tidar" or "ar"), draft_length, outcomes, plan ("auto"; see `plan`), remeasure, raw (False: use
+                the chat template).
 
         Raises:
             TidarError: for options or prompts that cannot be honoured.
@@ -116,6 +150,9 @@ class TidarModel:
         stop: Sequence[str] = (),
         mode: Mode = "tidar",
         draft_length: int | None = None,
+        outcomes: int | None = None,
+        plan: Literal["auto", "fixed"] = "auto",
+        remeasure: bool = False,
         raw: bool = False,
     ) -> tuple[Engine, Limits, Callable[[Prompt], list[int]]]:
         tokenizer = self.tokenizer
@@ -126,7 +163,8 @@ class TidarModel:
         if isinstance(stop, str) or not all(stop):
             raise TidarError("stop must be a list of texts, none of them empty")
         params = SamplingParams(temperature, top_k, top_p, min_p, seed, trust)
-        engine = Engine(self.network, self.plan(mode, draft_length, params), tokenizer)
+        planned = self.plan(mode, draft_length, params, outcomes, plan, remeasure)
+        engine = Engine(self.network, planned, tokenizer)
         return (
             engine,
             Limits(max_new_tokens, self.network.eos_ids, tuple(stop)),

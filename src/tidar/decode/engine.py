@@ -88,8 +88,16 @@ class Planner(Protocol):
     longest: Plan
     """The plan with the longest drafts that it may choose; a run begins with it."""
 
+    def prepare(self, network: Network, rows: int) -> None:
+        """Called before a run over up to `rows` rows."""
+        ...
+
     def choose(self, rows: int) -> Plan:
         """Plan of the next forward over `rows` running rows."""
+        ...
+
+    def observe(self, accepted: int, drafted: int) -> None:
+        """Called for every row of every forward: drafts that stood, of those that were judged."""
         ...
 
 
@@ -99,8 +107,14 @@ class Fixed:
 
     longest: Plan
 
+    def prepare(self, network: Network, rows: int) -> None:
+        """Nothing to prepare."""
+
     def choose(self, rows: int) -> Plan:
         return self.longest
+
+    def observe(self, accepted: int, drafted: int) -> None:
+        """Nothing to learn."""
 
 
 class Engine:
@@ -129,6 +143,7 @@ class Engine:
         if not places:
             return
         plan, lag = self.planner.longest, LAG if self.network.device.type == "cuda" else 0
+        self.planner.prepare(self.network, places)
         runner = runner_for(self.network)
         room = max(len(prompts[row.answer.row]) + row.room for row in waiting)
         state = runner.prepare(places, room + (lag + 2) * plan.draft_length + plan.slots, plan)
@@ -183,10 +198,11 @@ class Engine:
     def _collect(self, slots: list[_Row | None], pending: Pending, limits: Limits) -> list[Update]:
         """What a forward gave the rows that were running when it began and have not ended since."""
         updates = []
-        for row, count, tokens in zip(slots, *pending.get(), strict=True):
+        for row, gain in zip(slots, pending.get(), strict=True):
             if row is not None and row.answer.finish_reason is None:
-                row.length += count
-                updates.append(_extend(row, tokens[:count], limits))
+                row.length += len(gain.tokens)
+                self.planner.observe(len(gain.tokens), gain.drafted)
+                updates.append(_extend(row, gain.tokens, limits))
         return updates
 
 

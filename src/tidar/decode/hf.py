@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
-from tidar.decode.engine import Engine, Limits
+from tidar.decode.engine import Engine, Limits, Planner
 from tidar.decode.step import Plan
 from tidar.errors import TidarError
 from tidar.model.network import Network
@@ -20,7 +20,7 @@ _HONOURED = {"TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", 
 _CRITERIA = {"MaxLengthCriteria", "EosTokenCriteria"}
 
 
-def make_custom_generate(network: Network, plan: Callable[[SamplingParams], Plan]) -> Callable[..., Tensor]:
+def make_custom_generate(network: Network, plan: Callable[[SamplingParams], Plan | Planner]) -> Callable[..., Tensor]:
     """A decoding method with the signature that `generate` calls; left-padded batches in, right-padded output."""
 
     def generate(

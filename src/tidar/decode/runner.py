@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Protocol
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from tidar.decode.cache import RowCache
-from tidar.decode.step import Plan, State, step
+from tidar.decode.step import Plan, State, StepResult, step
 from tidar.layout import prefill_layout
 from tidar.model.network import Network
 
@@ -24,37 +24,31 @@ CAPACITY = 1024
 """Cache room on a GPU comes in multiples of this, so that the next run's prompts fit as well."""
 
 
-class Pending(Protocol):
-    """A forward's result, perhaps still on its way."""
+class Pending:
+    """A step's result, perhaps still on its way to the host."""
 
-    def get(self) -> tuple[list[int], list[list[int]]]:
-        """accepted [B] and new tokens [B, K], see `decode.step.step`; waits if it must."""
-        ...
+    def __init__(self, result: StepResult) -> None:
+        packed = torch.cat((result.accepted[:, None], result.drafted[:, None], result.new), 1)
+        self.event: torch.cuda.Event | None = None
+        self.host = packed
+        if packed.is_cuda:
+            self.host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+            self.host.copy_(packed, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def get(self) -> list[Gain]:
+        """What each row gained; waits if it must."""
+        if self.event is not None:
+            self.event.synchronize()
+        return [Gain(drafted, tokens[:accepted]) for accepted, drafted, *tokens in self.host.tolist()]
 
 
-class Ready:
-    """A result that is here."""
+class Gain(NamedTuple):
+    """A row's share of a step: drafts that were judged, and the new tokens."""
 
-    def __init__(self, accepted: Tensor, new: Tensor) -> None:
-        self.accepted, self.new = accepted, new
-
-    def get(self) -> tuple[list[int], list[list[int]]]:
-        return self.accepted.tolist(), self.new.tolist()
-
-
-class Copied:
-    """A result that is copied to the host as soon as the device has it."""
-
-    def __init__(self, accepted: Tensor, new: Tensor) -> None:
-        both = torch.cat((accepted[:, None], new), 1)
-        self.result = torch.empty(both.shape, dtype=both.dtype, pin_memory=True)
-        self.result.copy_(both, non_blocking=True)
-        self.event = torch.cuda.Event()
-        self.event.record()
-
-    def get(self) -> tuple[list[int], list[list[int]]]:
-        self.event.synchronize()
-        return self.result[:, 0].tolist(), self.result[:, 1:].tolist()
+    drafted: int
+    tokens: list[int]
 
 
 class Runner:
@@ -82,7 +76,7 @@ class Runner:
     def step(self, plan: Plan, rows: int, longest: int) -> Pending:
         """One forward over the first `rows` rows."""
         assert self.state is not None
-        return Ready(*step(self.network, self.state.first(rows), plan, longest))
+        return Pending(step(self.network, self.state.first(rows), plan, longest))
 
 
 class GraphRunner(Runner):
@@ -90,8 +84,9 @@ class GraphRunner(Runner):
 
     def __init__(self, network: Network) -> None:
         super().__init__(network)
-        self.graphs: dict[tuple[Plan, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self.graphs: dict[tuple[Plan, int], tuple[torch.cuda.CUDAGraph, StepResult]] = {}
         self.active: list[bool] = []
+        self.pool = torch.cuda.graph_pool_handle()  # graphs never run at the same time, so they can share memory
 
     @torch.inference_mode()
     def prepare(self, rows: int, capacity: int, plan: Plan) -> State:
@@ -114,6 +109,7 @@ class GraphRunner(Runner):
         self.state = None  # its memory first
         capacity = -(-capacity // CAPACITY) * CAPACITY
         self.state = State.empty(rows, capacity, length, self.network, sampled)
+        step(self.network, self.state, replace(plan, draft_length=1))  # makes the cache's tensors
         return self.state
 
     def batch_for(self, rows: int) -> int:
@@ -129,11 +125,11 @@ class GraphRunner(Runner):
         key = plan.key, rows
         if key not in self.graphs:
             self.graphs[key] = self._capture(plan, rows)
-        graph, accepted, new = self.graphs[key]
+        graph, result = self.graphs[key]
         graph.replay()
-        return Copied(accepted, new)
+        return Pending(result)
 
-    def _capture(self, plan: Plan, rows: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+    def _capture(self, plan: Plan, rows: int) -> tuple[torch.cuda.CUDAGraph, StepResult]:
         assert self.state is not None
         state, started = self.state.first(rows), time.perf_counter()
         kept = [tensor.clone() for tensor in (state.cache.lengths, *state.tensors())]
@@ -143,14 +139,14 @@ class GraphRunner(Runner):
             step(self.network, state, plan)  # compiles kernels and makes the libraries' workspaces
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            accepted, new = step(self.network, state, plan)
+        with torch.cuda.graph(graph, pool=self.pool):
+            result = step(self.network, state, plan)
         for tensor, value in zip((state.cache.lengths, *state.tensors()), kept, strict=True):
             tensor.copy_(value)
         torch.cuda.synchronize()
         if (seconds := time.perf_counter() - started) > 2:
             print(f"captured a step of {plan.slots} slots x {rows} rows in {seconds:.1f} s", file=sys.stderr)
-        return graph, accepted, new
+        return graph, result
 
 
 def runner_for(network: Network) -> Runner:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,6 +64,18 @@ class Plan:
     def key(self) -> Plan:
         """The plan without its seed: what decides a captured step."""
         return replace(self, params=replace(self.params, seed=0))
+
+
+class StepResult(NamedTuple):
+    """What a step gave each row.
+
+    accepted [B]: how many drafts stood, 1..K; 0 in rows that are not active. drafted [B]: how many there were to judge.
+    new [B, K]: row b gained new[b, :accepted[b]], that is drafts 2..j and the verifier's own next token.
+    """
+
+    accepted: Tensor
+    drafted: Tensor
+    new: Tensor
 
 
 @dataclass
@@ -175,19 +188,16 @@ def prefill(network: Network, prompts: list[list[int]], rows: list[int], plan: P
 
 
 @torch.inference_mode()
-def step(network: Network, state: State, plan: Plan, longest: int | None = None) -> tuple[Tensor, Tensor]:
+def step(network: Network, state: State, plan: Plan, longest: int | None = None) -> StepResult:
     """Judge the state's drafts and draft again, in one forward.
 
     `longest` is the largest of the cache's lengths, where the caller knows it (see `RowCache.reserve`).
-
-    Returns:
-        accepted [B], how many drafts stood (1..K; 0 in rows that are not active), and new tokens [B, K]: row b gained
-        new[b, :accepted[b]], that is drafts 2..j and the verifier's own next token.
     """
     cache, length = state.cache, plan.draft_length
     # A row that ended may be longer than `longest`: it has no prefix any more, and writes at the front of its slots.
     cache.lengths.mul_(state.active)
     drafts, outcomes = state.drafts[:, :length].clone(), _outcomes(state, plan)
+    drafted = state.drafted.clamp(max=length)
     layout = step_layout(length, outcomes).after(cache.lengths)
     cache.reserve(layout.size, longest)
     hidden = network(drafts, layout, cache)
@@ -195,7 +205,7 @@ def step(network: Network, state: State, plan: Plan, longest: int | None = None)
     new = torch.cat((drafts[:, 1:], drafts[:, :1]), 1).scatter(1, accepted[:, None] - 1, next_token[:, None])
     accepted = accepted * state.active
     cache.lengths.add_(accepted)
-    return accepted, new
+    return StepResult(accepted, drafted, new)
 
 
 def _outcomes(state: State, plan: Plan) -> Tensor:

@@ -1,0 +1,144 @@
+"""What a forward costs on this machine: measured once per (machine, model, dtype, batch), then kept in a file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tidar import __version__
+from tidar.decode.runner import Runner, runner_for
+from tidar.decode.step import Plan
+from tidar.model.hub import cache_folder
+from tidar.model.network import Network
+
+PREFIX = 512
+"""Cached tokens a row while measuring."""
+REPEATS, PATIENCE = 7, 0.5
+"""Steps timed for each plan, fewer once they took this many seconds."""
+
+
+class Costs:
+    """Seconds a forward of a plan takes, for one network on its device."""
+
+    def __init__(self, network: Network, remeasure: bool = False) -> None:
+        self.network = network
+        self.path = cache_folder() / "costs" / f"{_fingerprint(network)}.json"
+        self.known: dict[str, float] = {}
+        self.changed = False
+        if not remeasure and self.path.is_file():
+            try:
+                self.known = {str(k): float(v) for k, v in json.loads(self.path.read_text())["seconds"].items()}
+            except (ValueError, KeyError, TypeError, AttributeError):
+                self.known = {}  # a broken cache is measured anew
+
+    def of(self, plans: Sequence[Plan], rows: int) -> list[tuple[Plan, float]]:
+        """(plan, seconds) of those that can pay: at full acceptance the rest would still be slower than plain decoding.
+
+        `plans` holds the plain one.
+        """
+        ordered = sorted(plans, key=lambda plan: plan.slots)
+        missing = [plan for plan in ordered if _name(plan, rows) not in self.known]
+        if missing:
+            self._measure(ordered, rows)
+        costs = [(plan, self.known.get(_name(plan, rows), 0.0)) for plan in ordered]
+        return [(plan, seconds) for plan, seconds in costs if seconds > 0]
+
+    def _measure(self, ordered: Sequence[Plan], rows: int) -> None:
+        if not self.changed:
+            print("measuring what a forward costs on this machine (kept for the next time)", file=sys.stderr)
+        self.changed = True
+        plain = 0.0
+        too_dear: dict[int, bool] = {}
+        with _Bench(self.network, max(ordered, key=lambda p: p.draft_length), rows) as bench:
+            for plan in ordered:
+                name = _name(plan, rows)
+                if too_dear.get(plan.draft_length):
+                    self.known[name] = 0.0
+                    continue
+                if name not in self.known:
+                    self.known[name] = bench.seconds(plan)
+                plain = plain or self.known[name]
+                too_dear[plan.draft_length] = self.known[name] > plan.draft_length * plain
+
+    def save(self) -> None:
+        """Keep what was measured."""
+        if not self.changed:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(json.dumps({"network": _description(self.network), "seconds": self.known}, indent=1) + "\n")
+        partial.replace(self.path)  # atomic: a reader sees the old file or the new one
+
+
+class _Bench:
+    """A state of `rows` rows with a prefix, to time steps on."""
+
+    def __init__(self, network: Network, longest: Plan, rows: int) -> None:
+        self.network, self.rows = network, rows
+        limit = network.max_positions or 1 << 30
+        self.prefix = min(PREFIX, limit // 2)
+        self.runner: Runner = runner_for(network)
+        room = self.prefix + (REPEATS + 2) * longest.draft_length + longest.draft_length * (longest.draft_length + 1)
+        self.state = self.runner.prepare(rows, room, longest)
+
+    def __enter__(self) -> _Bench:
+        self.runner.set_active([True] * self.rows)
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.runner.set_active([False] * self.rows)
+
+    @torch.inference_mode()
+    def seconds(self, plan: Plan) -> float:
+        """The fastest of a few steps, waiting for each: whatever else runs on the machine only ever adds time."""
+        taken = list[float]()
+        while len(taken) < 2 or (len(taken) <= REPEATS and sum(taken) < PATIENCE):
+            self.state.cache.lengths.fill_(self.prefix)
+            if self.network.device.type == "cuda":
+                torch.cuda.synchronize()
+            started = time.perf_counter()
+            self.runner.step(plan, self.rows, self.prefix).get()
+            taken.append(time.perf_counter() - started)
+        return min(taken[1:])
+
+
+def _name(plan: Plan, rows: int) -> str:
+    sampled = "" if plan.params.greedy else " sampled"
+    return f"{rows} x {plan.draft_length}/{plan.blocks}{sampled}"
+
+
+def _description(network: Network) -> dict[str, Any]:
+    """What costs depend on."""
+    device, config = network.device, network.lm.config.get_text_config().to_dict()
+    sizes = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    drafter = network.drafter.spec._asdict() if network.drafter is not None else None
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "model": {name: config.get(name) for name in (*sizes, "num_key_value_heads")},
+        "drafter": drafter,
+        "dtype": str(network.lm.dtype),
+        "torch": torch.__version__,
+        "tidar": __version__,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _fingerprint(network: Network) -> str:
+    return hashlib.sha256(json.dumps(_description(network), sort_keys=True).encode()).hexdigest()[:16]
