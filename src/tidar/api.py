@@ -9,14 +9,14 @@ from typing import Literal, overload
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tidar.config import TidarConfig
+from tidar.config import MAX_DRAFT, TidarConfig
 from tidar.decode.engine import Answer, Engine, Limits, Update
 from tidar.decode.hf import make_custom_generate
 from tidar.decode.step import Plan
-from tidar.errors import TidarError
+from tidar.errors import PromptError, TidarError
 from tidar.model import hub
 from tidar.model.network import Network
-from tidar.prompts import Prompt, encode_prompt
+from tidar.prompts import Message, Prompt, encode_prompt
 from tidar.sampling import SamplingParams
 
 Mode = Literal["tidar", "ar"]
@@ -51,34 +51,41 @@ class TidarModel:
         """Draft length and token choice of a run; the default draft length is the block size of training."""
         if mode not in ("tidar", "ar"):
             raise TidarError(f"mode is {mode!r}, but must be 'tidar' or 'ar'")
-        if draft_length is not None and draft_length < 1:
-            raise TidarError(f"draft length is {draft_length}, but must be at least 1")
+        longest = min(MAX_DRAFT, self.network.max_positions or MAX_DRAFT)
+        if draft_length is not None and not 1 <= draft_length <= longest:
+            raise TidarError(f"draft length is {draft_length}, but must be between 1 and {longest} for this model")
+        params = params or SamplingParams()
+        if mode == "ar" and params.trust < 1:
+            raise TidarError("trust below 1 asks the drafter, which mode 'ar' does not run: leave one of them out")
         trained = self.config.block_size if self.config is not None else 8
-        length = 1 if mode == "ar" else draft_length or trained
-        return Plan(length, params or SamplingParams(), self.network.device)
+        return Plan(1 if mode == "ar" else draft_length or trained, params, self.network.device)
 
     @overload
-    def generate(self, prompts: str, **options: object) -> Answer: ...
+    def generate(self, prompts: str | list[Message], **options: object) -> Answer: ...
     @overload
-    def generate(self, prompts: list[Prompt] | list[str], **options: object) -> list[Answer]: ...
+    def generate(self, prompts: list[Prompt] | list[str] | list[list[Message]], **options: object) -> list[Answer]: ...
     def generate(self, prompts, *, batch_size=8, on_update=None, **options):  # type: ignore[no-untyped-def]
         """Answer prompts.
 
         Args:
-            prompts: one text, or a list whose items are texts or message lists (role/content dictionaries).
+            prompts: one prompt (a text, or a list of messages: role/content dictionaries), or a list of prompts.
             batch_size: rows decoded together.
             on_update: called with every `Update` as it comes.
             **options: as in `stream`.
 
         Returns:
-            One Answer for one text, else a list in the order of the prompts.
+            One Answer for one prompt, else a list in the order of the prompts.
+
+        Raises:
+            PromptError: (a TidarError) for a prompt that cannot be used, before any is answered.
+            TidarError: for options that cannot be honoured.
         """
-        single = isinstance(prompts, str)
-        jobs = [prompts] if single else list(prompts)
+        prompts = prompts if isinstance(prompts, str) else list(prompts)
+        single = isinstance(prompts, str) or (len(prompts) > 0 and all(isinstance(p, dict) for p in prompts))
         if batch_size < 1:
             raise TidarError(f"batch size is {batch_size}, but must be at least 1")
         engine, limits, encode = self._prepare(**options)
-        ids = [encode(prompt) for prompt in jobs]
+        ids = [encode(prompts)] if single else [_for_row(row, encode, prompt) for row, prompt in enumerate(prompts)]
         answers: dict[int, Answer] = {}
         for updates in engine.run(ids, limits, batch_size):
             for update in updates:
@@ -127,11 +134,20 @@ class TidarModel:
             raise TidarError("stop must be a list of texts, none of them empty")
         params = SamplingParams(temperature, top_k, top_p, min_p, seed, trust)
         engine = Engine(self.network, self.plan(mode, draft_length, params), tokenizer)
-        return (
-            engine,
-            Limits(max_new_tokens, self.network.eos_ids, tuple(stop)),
-            lambda p: encode_prompt(tokenizer, p, raw),
-        )
+
+        def encode(prompt: Prompt) -> list[int]:
+            ids, context = encode_prompt(tokenizer, prompt, raw), self.network.max_positions
+            if not ids:
+                raise TidarError("the prompt is empty: give at least one token")
+            if context is not None and len(ids) >= context:
+                raise TidarError(f"the prompt has {len(ids)} tokens, but the model's context is {context}: shorten it")
+            return ids
+
+        return engine, Limits(max_new_tokens, self.network.eos_ids, tuple(stop)), encode
+
+    def check(self, **options: object) -> None:
+        """Raise TidarError for options that `stream` and `generate` would refuse."""
+        self._prepare(**options)  # type: ignore[arg-type]
 
     def custom_generate(self, mode: Mode = "tidar", draft_length: int | None = None) -> Callable:
         """A decoding method for transformers: `hf_model.generate(**inputs, custom_generate=m.custom_generate())`."""
@@ -153,7 +169,14 @@ class TidarModel:
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
         if drafter is not None and config is not None:
-            drafter.save(folder / "drafter", str(folder), config)
+            drafter.save(folder / "drafter", str(folder.resolve()), config)
+
+
+def _for_row(row: int, encode: Callable[[Prompt], list[int]], prompt: Prompt) -> list[int]:
+    try:
+        return encode(prompt)
+    except TidarError as error:
+        raise PromptError(row, str(error)) from error
 
 
 def base_state_dict(model: nn.Module) -> dict:

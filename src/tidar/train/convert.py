@@ -209,7 +209,7 @@ def _self_generate(config: TrainConfig, model: TidarModel) -> list[Sample]:
     path = config.answers or config.output / "answers.safetensors"
     with PartialState().main_process_first():
         if PartialState().is_main_process:
-            prompts = [prompt for file in config.data for prompt in read_prompts(file)]
+            prompts = [placed.prompt for file in config.data for placed in read_prompts(file)]
             how = Generation(
                 answers=config.answers_per_prompt,
                 max_new_tokens=config.answer_tokens,
