@@ -15,3 +15,10 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def own_costs(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured costs belong to the test run, not to the user's cache folder."""
+    folder = tmp_path_factory.getbasetemp()
+    monkeypatch.setattr("tidar.decode.costs.cache_folder", lambda: folder)

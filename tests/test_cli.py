@@ -1,11 +1,14 @@
 import json
+import subprocess
 import sys
 
 import pytest
+from transformers import AutoConfig, AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from tidar import TidarModel
 from tidar.cli.main import main
 from tidar.config import TidarConfig
+from tidar.decode.engine import Answer, Update
 from tidar.model.drafter import Drafter, DrafterSpec
 from tiny import tiny_folder, tiny_lm
 
@@ -86,64 +89,87 @@ def test_one_prompt_streams_to_stdout_and_statistics_go_to_stderr(run, folder):
     assert "tokens per forward" not in out
 
 
+GENERATE = ["generate", "--model", "{folder}", "--max-new-tokens", "4"]
+TRAIN = ["train", "--model", "{folder}", "--output", "{tmp}/o", "--answer-tokens", "4", "--data", "{tmp}/ok.jsonl"]
+FILES = {
+    "ok.jsonl": '{"prompt": "a"}\n',
+    "bad.jsonl": '{"prompt": "a"}\n{"prompt": \n',
+    "field.jsonl": '{"text": "a"}\n',
+    "empty.jsonl": '{"prompt": " "}\n',
+    "latin.jsonl": b'{"prompt": "\xe9"}\n',
+    "half.jsonl": '{"prompt": "a"}\n{"prompt": "b\\ud800", "answer": "c"}\n',
+    "strings.jsonl": '{"messages": ["hi"]}\n',
+    "answers only.jsonl": '{"messages": [{"role": "assistant", "content": "hi"}]}\n',
+    "long.jsonl": '{"prompt": "a"}\n\n{"prompt": "' + "x" * 200 + '", "answer": "c"}\n',
+}
 BAD = {
     "no prompt": (["generate"], "PROMPT"),
-    "empty prompt": (["generate", "  ", "--model", "{folder}"], "empty"),
-    "missing file": (["generate", "--prompts", "{tmp}/none.jsonl"], "cannot read"),
-    "bad json": (["generate", "--prompts", "{tmp}/bad.jsonl"], "line 2"),
-    "no field": (["generate", "--prompts", "{tmp}/field.jsonl"], "line 1"),
-    "empty row": (["generate", "--prompts", "{tmp}/empty.jsonl"], "line 1"),
-    "not utf-8": (["generate", "--prompts", "{tmp}/latin.jsonl"], "UTF-8"),
+    "empty prompt": ([*GENERATE, "  "], "empty"),
+    "missing file": ([*GENERATE, "--prompts", "{tmp}/none.jsonl"], "cannot read"),
+    "bad json": ([*GENERATE, "--prompts", "{tmp}/bad.jsonl"], "line 2"),
+    "no field": ([*GENERATE, "--prompts", "{tmp}/field.jsonl"], "line 1"),
+    "empty row": ([*GENERATE, "--prompts", "{tmp}/empty.jsonl"], "line 1"),
+    "not utf-8": ([*GENERATE, "--prompts", "{tmp}/latin.jsonl"], "UTF-8"),
+    "half a character": ([*GENERATE, "--prompts", "{tmp}/half.jsonl"], "half.jsonl, line 2: the text holds half"),
+    "strings for messages": ([*GENERATE, "--prompts", "{tmp}/strings.jsonl"], "line 1"),
+    "answers without a question": ([*GENERATE, "--prompts", "{tmp}/answers only.jsonl"], "line 1: no prompt"),
+    "too long in a file": (
+        [*GENERATE, "--prompts", "{tmp}/long.jsonl"],
+        "long.jsonl, line 3: the prompt has 202 tokens",
+    ),
     "unknown model": (["generate", "x", "--model", "no/such-model"], "unknown model"),
+    "why unknown": (["generate", "x", "--model", "no/such-model"], "in reach ("),
     "not a model": (["generate", "x", "--model", "{tmp}"], "config.json"),
-    "too long": (["generate", "x" * 300, "--model", "{folder}"], "context is 128"),
-    "temperature": (["generate", "x", "--model", "{folder}", "--temperature", "-1"], "temperature is -1"),
-    "top-p": (["generate", "x", "--model", "{folder}", "--top-p", "2"], "top_p is 2"),
-    "trust": (["generate", "x", "--model", "{folder}", "--trust", "3"], "trust is 3"),
-    "draft length": (["generate", "x", "--model", "{folder}", "--draft-length", "0"], "draft length is 0"),
-    "tokens": (["generate", "x", "--model", "{folder}", "--max-new-tokens", "0"], "max_new_tokens is 0"),
-    "mode": (["generate", "x", "--model", "{folder}", "--mode", "fast"], "mode is 'fast'"),
-    "empty stop": (["generate", "x", "--model", "{folder}", "--stop", ""], "stop"),
-    "device": (["generate", "x", "--model", "{folder}", "--device", "quantum"], "device 'quantum'"),
-    "dtype": (["generate", "x", "--model", "{folder}", "--dtype", "int3"], "dtype is 'int3'"),
-    "no drafter": (["generate", "x", "--model", "{folder}", "--drafter", "none"], "no drafter"),
-    "batch size": (["generate", "x", "--json", "--model", "{folder}", "--batch-size", "0"], "batch size is 0"),
+    "too long": ([*GENERATE, "x" * 300], "context is 128"),
+    "temperature": ([*GENERATE, "x", "--temperature", "-1"], "temperature is -1"),
+    "top-p": ([*GENERATE, "x", "--top-p", "2"], "top_p is 2"),
+    "trust": ([*GENERATE, "x", "--trust", "3"], "trust is 3"),
+    "trust in ar": ([*GENERATE, "x", "--trust", "0.5", "--mode", "ar"], "trust below 1"),
+    "draft length": ([*GENERATE, "x", "--draft-length", "0"], "draft length is 0"),
+    "long drafts": ([*GENERATE, "x", "--draft-length", "129"], "draft length is 129, but must be between 1 and 128"),
+    "tokens": ([*GENERATE, "x", "--max-new-tokens", "0"], "max_new_tokens is 0"),
+    "mode": ([*GENERATE, "x", "--mode", "fast"], "mode is 'fast'"),
+    "empty stop": ([*GENERATE, "x", "--stop", ""], "stop"),
+    "device": ([*GENERATE, "x", "--device", "quantum"], "device 'quantum'"),
+    "dtype": ([*GENERATE, "x", "--dtype", "int3"], "dtype is 'int3'"),
+    "no drafter": ([*GENERATE, "x", "--drafter", "none"], "no drafter"),
+    "batch size": ([*GENERATE, "x", "--json", "--batch-size", "0"], "batch size is 0"),
+    "chat": (["chat", "--model", "{folder}", "--temperature", "-1"], "temperature is -1"),
+    "chat draft length": (["chat", "--model", "{folder}", "--draft-length", "500"], "draft length is 500"),
     "no data": (["train", "--model", "{folder}", "--output", "{tmp}/o"], "no training data"),
-    "bad layer": (
-        ["train", "--model", "{folder}", "--output", "{tmp}/o", "--data", "{tmp}/ok.jsonl", "--target", "nope"],
-        "nope",
-    ),
-    "no free token": (
-        ["train", "--model", "{folder}", "--output", "{tmp}/o", "--data", "{tmp}/ok.jsonl", "--objective", "paper"],
-        "no free token",
-    ),
-    "objective": (
-        ["train", "--model", "{folder}", "--output", "{tmp}/o", "--objective", "magic"],
-        "objective is 'magic'",
-    ),
-    "steps": (["train", "--model", "{folder}", "--output", "{tmp}/o", "--steps", "0"], "steps is 0"),
+    "bad layer": ([*TRAIN, "--target", "nope"], "no linear layer is called nope"),
+    "no free token": ([*TRAIN, "--objective", "paper"], "no free token"),
+    "objective": ([*TRAIN, "--objective", "magic"], "objective is 'magic'"),
+    "steps": ([*TRAIN, "--steps", "0"], "steps is 0"),
+    "block size": ([*TRAIN, "--block-size", "1"], "block size is 1"),
+    "long blocks": ([*TRAIN, "--block-size", "129"], "block size is 129"),
+    "rank": ([*TRAIN, "--rank", "0"], "rank is 0"),
+    "anchors": ([*TRAIN, "--anchors", "-1"], "anchors is -1"),
+    "many anchors": ([*TRAIN, "--anchors", "65", "--sequence-length", "64"], "anchors is 65"),
+    "log every": ([*TRAIN, "--log-every", "0"], "log-every is 0"),
+    "seed": ([*TRAIN, "--seed", "-1"], "seed is -1"),
+    "teacher temperature": ([*TRAIN, "--teacher-temperature", "0"], "teacher-temperature is 0"),
+    "learning rate": ([*TRAIN, "--learning-rate", "0"], "learning-rate is 0"),
+    "weights": ([*TRAIN, "--objective", "paper", "--ar-weight", "0", "--diffusion-weight", "0"], "both 0"),
+    "no conversation": ([*TRAIN[:-1], "{tmp}/strings.jsonl", "--no-self-generate"], "line 1: no conversation"),
+    "half a training prompt": ([*TRAIN[:-1], "{tmp}/half.jsonl"], "half.jsonl, line 2"),
+    "half a training sample": ([*TRAIN[:-1], "{tmp}/half.jsonl", "--no-self-generate"], "line"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_and_exit_code_2(case, run, folder, tmp_path):
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
-    (tmp_path / "field.jsonl").write_text('{"text": "a"}\n')
-    (tmp_path / "empty.jsonl").write_text('{"prompt": " "}\n')
-    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}\n')
-    (tmp_path / "ok.jsonl").write_text('{"prompt": "a"}\n')
+    for name, text in FILES.items():
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     args, wanted = BAD[case]
     args = [a.replace("{folder}", folder).replace("{tmp}", str(tmp_path)) for a in args]
-    more = [] if args[0] == "train" or "--device" in args else ["--device", "cpu"]
-    if args[0] == "train" and "--data" in args:
-        more = ["--answer-tokens", "4"]
-    code, out, err = run(*args, *more)
-    lines = [line for line in err.splitlines() if line.startswith("tidar: ")]
+    code, out, err = run(*args, *([] if "--device" in args else ["--device", "cpu"]))
     assert code == 2, err
     assert out == ""
-    assert len(lines) == 1
-    assert wanted in lines[0]
-    assert "Traceback" not in err
+    assert err.startswith("tidar: ")
+    assert err.count("\n") == 1
+    assert wanted in err
+    assert not (tmp_path / "o").exists()  # refused before anything was generated
 
 
 @pytest.mark.parametrize(
@@ -155,12 +181,28 @@ def test_bad_input_is_one_line_and_exit_code_2(case, run, folder, tmp_path):
     ],
 )
 def test_models_that_cannot_work_are_refused_in_one_sentence(arch, options, wanted, run, tmp_path):
-    from transformers import AutoConfig
-
     AutoConfig.for_model(arch, **options).save_pretrained(tmp_path)
     code, _, err = run("generate", "x", "--model", tmp_path)
     assert code == 2
     assert wanted in err
+    assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arch", "options"),
+    [
+        ("gptj", {"n_layer": 1, "n_head": 2, "n_embd": 16, "rotary_dim": 4}),
+        ("falcon", {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16}),
+        ("gpt_neo", {"num_layers": 1, "num_heads": 2, "hidden_size": 16, "attention_types": [[["global"], 1]]}),
+    ],
+)
+def test_models_whose_attention_cannot_be_replaced_are_refused_in_one_sentence(arch, options, run, tmp_path, capsys):
+    config = AutoConfig.for_model(arch, vocab_size=99, **options)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    capsys.readouterr()
+    code, _, err = run("generate", "x", "--model", tmp_path)
+    assert code == 2
+    assert f"{arch} model, which has no pluggable attention" in err
     assert len(err.strip().splitlines()) == 1
 
 
@@ -210,3 +252,107 @@ def test_a_folder_without_a_tokenizer_loads_but_cannot_take_text(run, tmp_path):
     code, _, err = run("generate", "x", "--model", tmp_path, "--mode", "ar")
     assert code == 2
     assert "no tokenizer" in err
+
+
+def test_ctrl_c_at_the_prompt_starts_a_new_line_and_end_of_input_leaves(run, folder, monkeypatch):
+    lines = iter([KeyboardInterrupt, "hello", EOFError])
+
+    def read(prompt):
+        line = next(lines)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr("builtins.input", read)
+    code, _, err = run("chat", "--model", folder, "--max-new-tokens", 4, "--device", "cpu")
+    assert code == 0
+    assert err.count("tokens per forward") == 1
+    assert next(lines, None) is None
+
+
+def test_a_conversation_that_fills_the_context_says_how_to_go_on(run, folder, monkeypatch):
+    lines = iter(["x" * 200, "hello", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    code, _, err = run("chat", "--model", folder, "--max-new-tokens", 4, "--device", "cpu")
+    assert code == 0
+    assert "context is 128: shorten it (/new starts a new conversation)" in err
+    assert err.count("tokens per forward") == 1  # the next line is answered
+
+
+def test_records_are_printed_in_order_as_soon_as_they_are_finished(run, folder, tmp_path, monkeypatch, capsys):
+    """Rows end in the order 1, 0, 3 before Ctrl-C: the first two are out by then."""
+    seen = []
+
+    def generate(self, prompts, on_update, **options):
+        for row in (1, 0, 3):
+            on_update(Update(Answer(row, [5], str(row), 1, finish_reason="length"), [5], ""))
+            seen.append(capsys.readouterr().out)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TidarModel, "generate", generate)
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "x"}\n' * 4)
+    code, *_ = run("generate", "--prompts", file, "--model", folder, "--json", "--device", "cpu")
+    assert code == 130
+    assert [[json.loads(line)["text"] for line in out.splitlines()] for out in seen] == [[], ["0", "1"], []]
+
+
+def test_a_closed_pipe_is_not_an_error_message(folder, tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "x"}\n' * 3)
+    args = ["generate", "--prompts", str(file), "--model", folder, "--json", "--max-new-tokens", "2", "--device", "cpu"]
+    args += ["--plan", "fixed"]  # measuring costs says so on stderr
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tidar.cli.main", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 1
+
+
+def test_answers_at_the_end_of_a_conversation_are_not_answered(run, folder, tmp_path):
+    question = {"role": "user", "content": "why?"}
+    rows = [
+        {"messages": [question, {"role": "assistant", "content": "because"}]},
+        {"prompt": [question]},
+        {"prompt": "why?"},
+    ]
+    file = tmp_path / "p.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    code, out, _ = run(
+        "generate", "--prompts", file, "--model", folder, "--json", "--max-new-tokens", 9, "--device", "cpu"
+    )
+    assert code == 0
+    records = [json.loads(line) for line in out.splitlines()]
+    assert [r["prompt"] for r in records] == [[question], [question], "why?"]
+    assert records[0]["token_ids"] == records[1]["token_ids"] == records[2]["token_ids"]
+
+
+def test_a_layer_that_sees_flattened_tokens_is_named_with_the_way_out(run, tmp_path):
+    tiny_folder(tmp_path / "opt")
+    OPTForCausalLM(
+        OPTConfig(
+            vocab_size=258,
+            hidden_size=32,
+            ffn_dim=64,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            word_embed_proj_dim=32,
+            max_position_embeddings=128,
+        )
+    ).save_pretrained(tmp_path / "opt")
+    (tmp_path / "ok.jsonl").write_text('{"prompt": "a"}')
+    code, _, err = run(
+        "train",
+        "--model",
+        tmp_path / "opt",
+        "--output",
+        tmp_path / "o",
+        "--data",
+        tmp_path / "ok.jsonl",
+        "--device",
+        "cpu",
+    )
+    assert code == 2
+    assert "model.decoder.layers.0.fc1 sees its tokens flattened" in err
+    assert "--target" in err

@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from chi_square import assert_drawn_from
+from tidar import TidarModel
 from tidar.config import TidarConfig
 from tidar.decode.engine import Answer, Engine, Limits
 from tidar.decode.step import Plan, Propose
@@ -27,6 +29,7 @@ from tiny import (
     network_of,
     plain_of,
     some_prompt,
+    tiny_folder,
     tiny_lm,
     tiny_network,
 )
@@ -187,6 +190,20 @@ def test_limit_inside_a_block_cuts_the_answer(new):
     assert all(answer.finish_reason == "length" for answer in answers)
 
 
+def test_stop_string_inside_a_block_ends_the_answer(tmp_path, monkeypatch):
+    """The prefill gains token 0, the blocks tokens 1..8 and 9..16; the stop string is tokens 11 and 12."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder(tmp_path))
+    prompt, continuation = PROMPTS[2], continuations("llama")[2]
+    model, propose = TidarModel(network_of("llama"), tokenizer), proposer("oracle", "llama", 8)
+    monkeypatch.setattr(model, "plan", lambda mode, length, params, *options: Plan(8, params, propose=propose))
+    text, stop = tokenizer.decode(continuation[:13]), tokenizer.decode(continuation[11:13])
+    answer = model.generate(tokenizer.decode(prompt), raw=True, stop=["never there", stop], max_new_tokens=60)
+    assert answer.token_ids == continuation[:13]
+    assert answer.text == text.removesuffix(stop)
+    assert answer.acceptance_lengths == [8, 4]
+    assert answer.finish_reason == "stop"
+
+
 @every_architecture
 def test_end_of_sequence_inside_a_block_ends_the_answer(arch):
     continuation = continuations(arch)[2]
@@ -200,10 +217,12 @@ def test_end_of_sequence_inside_a_block_ends_the_answer(arch):
     assert answer.token_ids == wanted[0, ids.shape[1] :].tolist() == continuation[: place + 1]
 
 
-def test_answer_ends_with_the_context():
+@every_architecture
+def test_answer_ends_with_the_context(arch):
+    """Masks and drafts stand past it on the way."""
     prompt = some_prompt(CONTEXT - 10)
-    answer = decode(network_of("llama"), [prompt], 8)[0]
-    wanted = generate(plain_of("llama"), torch.tensor([prompt]), max_new_tokens=10)[0, len(prompt) :].tolist()
+    answer = decode(network_of(arch), [prompt], 8)[0]
+    wanted = generate(plain_of(arch), torch.tensor([prompt]), max_new_tokens=10)[0, len(prompt) :].tolist()
     assert answer.token_ids == wanted
     assert answer.finish_reason == "length"
 

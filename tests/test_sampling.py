@@ -17,6 +17,7 @@ from tidar.sampling import (
     mix_trust,
     row_seeds,
     uniforms,
+    verify,
     verify_greedy,
     verify_sampled,
 )
@@ -202,6 +203,14 @@ def test_probabilities_do_not_depend_on_leading_dimensions():
     assert probs[1, 2, 3].equal(params.probabilities(logits[1, 2, 3:])[0])
 
 
+@pytest.mark.parametrize("temperature", [1e-5, 1e-6, 1e-38, 1e-45])
+def test_a_temperature_near_zero_picks_the_likeliest_token(temperature):
+    logits = torch.tensor([[[9.0, 40.0, -3.0]]])
+    noise = torch.full((1, 1), 0.999, dtype=torch.float64)
+    verdict = verify(SamplingParams(temperature), logits, torch.zeros(1, 1, dtype=torch.long), None, noise)
+    assert verdict.next_token.tolist() == [1]
+
+
 def test_trust_goes_from_the_drafter_to_the_model():
     ar, diffusion = torch.tensor([[[0.0, 4.0]]]), torch.tensor([[[2.0, 0.0]]])
     assert mix_trust(ar, diffusion, 1.0).equal(ar)
@@ -212,7 +221,7 @@ def test_trust_goes_from_the_drafter_to_the_model():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *[("temperature", value) for value in (-0.1, math.nan)],
+        *[("temperature", value) for value in (-0.1, math.nan, math.inf)],
         *[("top_k", value) for value in (0, -1)],
         *[("top_p", value) for value in (0, 1.1, math.nan)],
         *[("min_p", value) for value in (-0.1, 1.1, math.nan)],

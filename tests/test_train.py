@@ -1,13 +1,20 @@
 import json
+import math
 import signal
 
+import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 from tidar import TidarError, TidarModel
+from tidar.config import TidarConfig
+from tidar.layout import prefill_layout
 from tidar.model.drafter import PEFT_PREFIX
-from tidar.train.conversion import Conversion
-from tidar.train.convert import TrainConfig, convert
+from tidar.model.network import Network
+from tidar.train.config import TrainConfig
+from tidar.train.conversion import Conversion, LossWeights
+from tidar.train.convert import _arguments, _pin, convert, model_card
 from tidar.train.data import Sample, collate, pack, read_samples
 from tidar.train.objective import (
     acceptance_weights,
@@ -16,8 +23,8 @@ from tidar.train.objective import (
     paper_loss,
     soft_cross_entropy,
 )
-from tidar.train.samples import load_samples, save_samples
-from tiny import tiny_folder, tiny_network
+from tidar.train.samples import ModelCard, load_samples, save_samples
+from tiny import tiny_folder, tiny_lm, tiny_network
 
 
 @pytest.fixture(scope="module")
@@ -102,14 +109,22 @@ def test_self_generated_answers_are_the_base_models_and_are_reused(folder, data,
         folder, data, tmp_path, self_generate=True, answers=path, answer_tokens=12, steps=1, answers_per_prompt=2
     )
     convert(config)
-    samples = load_samples(path)
-    assert len(samples) == 16
     base = TidarModel.from_pretrained(folder, device="cpu")
+    samples = load_samples(path, model_card(base))
+    assert len(samples) == 16
     greedy = base.generate("say a", mode="ar", max_new_tokens=12).token_ids
     assert any(s.ids[s.answer :] == greedy for s in samples)
+    assert facts(config)["answers"] == "self-generated"
     before = path.read_bytes()
     convert(config)
     assert path.read_bytes() == before
+    assert facts(config)["answers"] == "read from answers.safetensors"
+    assert facts(config)["files"] == []
+
+
+def facts(config):
+    """What the record of a conversion says about its data."""
+    return json.loads((config.output / "training.json").read_text())["summary"]["data"]
 
 
 def test_ctrl_c_ends_training_after_the_step_and_saves(folder, data, tmp_path, monkeypatch):
@@ -209,6 +224,157 @@ def test_the_loss_of_a_batch_is_that_of_its_parts_weighed_by_counts():
     torch.testing.assert_close(whole, parts)
 
 
+MIXED = {
+    "input_ids": torch.randint(97, (2, 14), generator=torch.Generator().manual_seed(5)),
+    "documents": torch.tensor([[0] * 8 + [1] * 6, [0] * 11 + [-1] * 3]),
+    "answers": torch.tensor([[0, 0, 1, 1, 1, 1, 0, 1, 0, 1, 1, 1, 1, 1], [0, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 0, 0, 0]])
+    > 0,
+    "anchors": torch.tensor([[1, 2, 6, 9], [0, 3, 5, 9]]),
+}
+"""Two documents in a row, padding, prompts and gaps inside answers, blocks that overlap and cross a document's end."""
+
+
+def documents_of(batch):
+    """(row, start, end) of every document."""
+    for row, ids in enumerate(batch["documents"].tolist()):
+        for document in sorted({d for d in ids if d >= 0}):
+            yield row, ids.index(document), len(ids) - ids[::-1].index(document)
+
+
+def targets_of(batch, anchors, block):
+    """(row, start, anchor, [(m, counted)]) of every block: its m-th mask's target is there, and is an answer."""
+    for row, start, end in documents_of(batch):
+        for anchor in anchors[row]:
+            if start <= anchor < end:
+                places = range(anchor + 1, min(anchor + block + 1, end))
+                yield row, start, anchor, [(p - anchor, bool(batch["answers"][row, p])) for p in places]
+
+
+def block_states(network, text):
+    """[K, H] states of the masks that follow a text [n]."""
+    length = torch.tensor([len(text)])
+    return network(text[None], prefill_layout(length, len(text), network.config.block_size))[0, len(text) :]
+
+
+@pytest.mark.parametrize("sampler_head", [True, False])
+@torch.no_grad()
+def test_the_lossless_loss_is_a_double_loop_over_anchors_and_masks(sampler_head):
+    network, weights = tiny_network("llama"), LossWeights(marginal=0.3, teacher_temperature=0.7)
+    if not sampler_head:
+        network.drafter.sampler_head = None
+    block, total, count = network.config.block_size, 0.0, 0
+    for row, start, anchor, targets in targets_of(MIXED, MIXED["anchors"].tolist(), block):
+        text, states = MIXED["input_ids"][row], block_states(network, MIXED["input_ids"][row, start : anchor + 1])
+        losses, accepted = {}, {}
+        for m, counted in targets:
+            teacher = network.lm(text[None, start : anchor + m]).logits[
+                0, -1
+            ]  # what the AR model says at anchor + m - 1
+            drafted = network.head(states[m - 1])
+            terms = soft_cross_entropy(drafted, teacher, 0.7)
+            if sampler_head:
+                before = network.embed(text[anchor + 1 : anchor + m])
+                rescored = network.drafter.sampler_head(states[None, :m], before[None])[0, -1]
+                marginal, terms = terms, soft_cross_entropy(network.head(rescored), teacher, 0.7)
+            if counted:
+                accepted[m] = 0.5 * terms.overlap + 0.5
+                losses[m] = terms.loss + (0.3 * marginal.loss if sampler_head else 0)
+        reached = {m: math.prod(accepted.get(i, 0.0) for i in range(2, m + 1)) for m in range(2, block + 1)}
+        weight = {m: sum(reached[n] for n in range(m, block + 1)) / block for m in range(2, block + 1)}
+        weight[1] = weight[block]
+        total += sum(weight[m] * losses[m] for m in losses)
+        count += len(losses)
+    loss = Conversion(network, weights)(**MIXED)["loss"]
+    torch.testing.assert_close(loss, total / count)
+
+
+@torch.no_grad()
+def test_the_papers_loss_is_two_means_over_answers():
+    network = Network(tiny_lm("llama"), config=TidarConfig(4, "paper", mask_token_id=96))
+    ar, diffusion = [], []
+    for row, start, end in documents_of(MIXED):
+        text, answers = MIXED["input_ids"][row], MIXED["answers"][row]
+        for p in range(start + 1, end):
+            logits = network.lm(text[None, start:p]).logits[0, -1]
+            ar += [hard_cross_entropy(logits[None], text[p : p + 1])] if answers[p] else []
+    tiles = [[3, 7, 11]] * 2
+    for row, start, anchor, targets in targets_of(MIXED, tiles, 4):
+        text = MIXED["input_ids"][row]
+        logits = network.head(block_states(network, text[start : anchor + 1]))
+        diffusion += [
+            hard_cross_entropy(logits[m - 1][None], text[anchor + m][None]) for m, counted in targets if counted
+        ]
+    wanted = (torch.cat(ar).mean() + 3 * torch.cat(diffusion).mean()) / 4
+    torch.testing.assert_close(Conversion(network, LossWeights(1.0, 3.0))(**MIXED)["loss"], wanted)
+
+
+def test_accumulating_batches_is_the_same_as_one_batch(folder, tmp_path):
+    """Rows with different numbers of answers, and every anchor, so that nothing is left to chance."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"prompt": "p" * (25 - n), "answer": "ab" * n}) for n in (3, 7, 12, 18)))
+    logged = []
+    for batch_size, accumulate in ((4, 1), (2, 2), (1, 4)):
+        sizes = {"batch_size": batch_size, "accumulate": accumulate}
+        more = {"steps": 1, "log_every": 1, "sequence_length": 48, "anchors": 48}
+        convert(options(folder, rows, tmp_path, **sizes, **more))
+        entry = json.loads((tmp_path / "out" / "training.json").read_text())["curve"][0]
+        logged.append([entry["loss"], entry["grad_norm"], entry["cross_entropy"]])
+    assert logged[1] == pytest.approx(logged[0], rel=1e-3)
+    assert logged[2] == pytest.approx(logged[0], rel=1e-3)
+
+
+def test_diverged_weights_are_not_saved(folder, data, tmp_path):
+    with pytest.raises(TidarError, match="diverged"):
+        convert(options(folder, data, tmp_path, steps=3, learning_rate=1e30))
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "more", [{"generation_minutes": 1e-9}, {"sequence_length": 8}], ids=["no time", "long prompts"]
+)
+def test_no_finished_answer_is_an_error_and_leaves_no_file(more, folder, data, tmp_path):
+    path = tmp_path / "answers.safetensors"
+    config = options(folder, data, tmp_path, self_generate=True, answers=path, **{"anchors": 0, **more})
+    with pytest.raises(TidarError, match="finished no answer"):
+        convert(config)
+    assert not path.exists()
+
+
+def test_self_generation_leaves_the_given_answers_out(folder, tmp_path):
+    asked, answered = {"role": "user", "content": "say b"}, {"role": "assistant", "content": "no"}
+    rows, path = tmp_path / "rows.jsonl", tmp_path / "answers.safetensors"
+    rows.write_text(json.dumps({"messages": [asked, answered]}))
+    convert(options(folder, rows, tmp_path, self_generate=True, answers=path, answer_tokens=40, steps=1))
+    base = TidarModel.from_pretrained(folder, device="cpu")
+    (sample,) = load_samples(path, model_card(base))
+    assert sample.ids[sample.answer :] == base.generate("say b", mode="ar", max_new_tokens=40).token_ids
+
+
+def test_the_trainer_uses_the_device_of_the_model(folder, data, tmp_path):
+    arguments = _arguments(options(folder, data, tmp_path, device=None), torch.device("cpu"))
+    assert arguments.use_cpu
+    assert arguments.device == torch.device("cpu")
+    assert arguments.n_gpu == 0
+
+
+def test_without_a_launcher_the_trainer_keeps_to_one_of_several_gpus(folder, data, tmp_path, monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    arguments = _arguments(options(folder, data, tmp_path), torch.device("cpu"))
+    arguments._n_gpu = 3
+    _pin(arguments, torch.device("cuda:1"))
+    assert arguments.device == torch.device("cuda:1")
+    assert arguments.n_gpu == 1
+    assert current == [torch.device("cuda:1")]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_second_gpu_is_trained_on_alone(folder, data, tmp_path):
+    trained = convert(options(folder, data, tmp_path, device="cuda:1", steps=2, compiled=False))
+    assert {p.device for p in trained.network.parameters()} == {torch.device("cuda:1")}
+    assert torch.cuda.max_memory_allocated(0) == 0
+
+
 def test_hard_cross_entropy_is_torchs():
     logits, labels = torch.randn(4, 7), torch.tensor([0, 3, 6, 2])
     torch.testing.assert_close(
@@ -216,13 +382,38 @@ def test_hard_cross_entropy_is_torchs():
     )
 
 
+MODEL = ModelCard("some-model", 50)
+
+
 def test_samples_survive_the_disk(tmp_path):
     samples = [Sample([5, 6, 7], 1), Sample([1], 0), Sample(list(range(40)), 30)]
-    save_samples(tmp_path / "s.safetensors", samples)
-    assert load_samples(tmp_path / "s.safetensors") == samples
-    (tmp_path / "bad").write_text("no")
-    with pytest.raises(TidarError, match="does not hold"):
-        load_samples(tmp_path / "bad")
+    save_samples(tmp_path / "s.safetensors", samples, MODEL)
+    assert load_samples(tmp_path / "s.safetensors", MODEL) == samples
+
+
+@pytest.mark.parametrize(
+    ("content", "reader", "reason"),
+    [
+        ("no", MODEL, "does not hold"),
+        ({"ids": [1, 2]}, MODEL, "does not hold"),
+        ({}, ModelCard("other", 50), r"answers of some-model \(vocabulary 50\), not of other \(vocabulary 50\)"),
+        ({}, ModelCard("some-model", 60), r"not of some-model \(vocabulary 60\)"),
+        ({"ids": [1, 2, 50], "lengths": [3], "answers": [1]}, MODEL, "no samples with token ids"),
+        ({"ids": [1, -2, 5], "lengths": [3], "answers": [1]}, MODEL, "no samples with token ids"),
+        ({"ids": [1, 2, 3], "lengths": [2], "answers": [1]}, MODEL, "no samples with token ids"),
+        ({"ids": [], "lengths": [], "answers": []}, MODEL, "no samples with token ids"),
+    ],
+)
+def test_answers_of_another_model_and_other_files_are_refused(content, reader, reason, tmp_path):
+    path = tmp_path / "s.safetensors"
+    if isinstance(content, str):
+        path.write_text(content)
+    elif content:  # written before files said whose answers they hold
+        save_file({name: np.array(values, np.int32) for name, values in content.items()}, path)
+    else:
+        save_samples(path, [Sample([5, 6, 7], 1)], MODEL)
+    with pytest.raises(TidarError, match=reason):
+        load_samples(path, reader)
 
 
 def test_rows_without_an_answer_are_named(tmp_path, folder):

@@ -13,7 +13,8 @@ from tidar.model import attention
 from tidar.model.drafter import Drafter, DrafterSpec
 from tidar.model.network import Network
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma", "gpt_neox")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma", "gpt_neox", "gpt_bigcode")
+"""gpt_bigcode stands for learned absolute positions: there is no embedding past the context's end."""
 VOCABULARY, CONTEXT = 97, 128
 
 
@@ -26,7 +27,7 @@ def tiny_lm(
     attn_implementation: str = attention.NAME,
 ) -> PreTrainedModel:
     """A frozen random causal LM of 2 layers in float32 without special tokens; `spread` is its initializer_range."""
-    grouped = {} if arch == "gpt_neox" else {"num_key_value_heads": 2, "head_dim": 8}
+    grouped = {} if arch in ("gpt_neox", "gpt_bigcode") else {"num_key_value_heads": 2, "head_dim": 8}
     config = AutoConfig.for_model(
         arch,
         vocab_size=vocabulary,

@@ -69,7 +69,7 @@ def main() -> None:
 def read_set(text: str) -> tuple[str, list[Prompt]]:
     name, _, rest = text.partition("=")
     file, _, limit = rest.partition(":")
-    return name, read_prompts(file)[: int(limit) if limit else None]
+    return name, [placed.prompt for placed in read_prompts(file)[: int(limit) if limit else None]]
 
 
 def conditions(model: TidarModel, args: argparse.Namespace) -> dict[str, object]:

@@ -9,15 +9,15 @@ from typing import Literal, overload
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tidar.config import TidarConfig
+from tidar.config import MAX_DRAFT, TidarConfig
 from tidar.decode.engine import Answer, Engine, Limits, Planner, Update
 from tidar.decode.hf import make_custom_generate
 from tidar.decode.planner import AutoPlanner
 from tidar.decode.step import Plan
-from tidar.errors import TidarError
+from tidar.errors import PromptError, TidarError
 from tidar.model import hub
 from tidar.model.network import Network
-from tidar.prompts import Prompt, encode_prompt
+from tidar.prompts import Message, Prompt, encode_prompt
 from tidar.sampling import SamplingParams
 
 Mode = Literal["tidar", "ar"]
@@ -72,46 +72,48 @@ class TidarModel:
             raise TidarError(f"mode is {mode!r}, but must be 'tidar' or 'ar'")
         if plan not in ("auto", "fixed"):
             raise TidarError(f"plan is {plan!r}, but must be 'auto' or 'fixed'")
+        most = min(MAX_DRAFT, self.network.max_positions or MAX_DRAFT)
         for name, value in (("draft length", draft_length), ("outcomes", outcomes)):
-            if value is not None and value < 1:
-                raise TidarError(f"{name} is {value}, but must be at least 1")
+            if value is not None and not 1 <= value <= most:
+                raise TidarError(f"{name} is {value}, but must be between 1 and {most} for this model")
         params = params or SamplingParams()
         if mode == "ar":
+            if params.trust < 1:
+                raise TidarError("trust below 1 asks the drafter, which mode 'ar' does not run: leave one of them out")
             return Plan(1, params)
         # Trust judges every draft by a block of its own, so there is nothing to choose.
-        if (
-            plan == "auto"
-            and draft_length is None
-            and outcomes is None
-            and params.trust == 1
-            and self.network.can_draft
-        ):
+        chosen = draft_length is not None or outcomes is not None or params.trust < 1
+        if plan == "auto" and not chosen and self.network.can_draft:
             return AutoPlanner(params, remeasure)
         trained = self.config.block_size if self.config is not None else 8
         return Plan(draft_length or trained, params, outcomes)
 
     @overload
-    def generate(self, prompts: str, **options: object) -> Answer: ...
+    def generate(self, prompts: str | list[Message], **options: object) -> Answer: ...
     @overload
-    def generate(self, prompts: list[Prompt] | list[str], **options: object) -> list[Answer]: ...
+    def generate(self, prompts: list[Prompt] | list[str] | list[list[Message]], **options: object) -> list[Answer]: ...
     def generate(self, prompts, *, batch_size=8, on_update=None, **options):  # type: ignore[no-untyped-def]
         """Answer prompts.
 
         Args:
-            prompts: one text, or a list whose items are texts or message lists (role/content dictionaries).
+            prompts: one prompt (a text, or a list of messages: role/content dictionaries), or a list of prompts.
             batch_size: rows decoded together.
             on_update: called with every `Update` as it comes.
             **options: as in `stream`.
 
         Returns:
-            One Answer for one text, else a list in the order of the prompts.
+            One Answer for one prompt, else a list in the order of the prompts.
+
+        Raises:
+            PromptError: (a TidarError) for a prompt that cannot be used, before any is answered.
+            TidarError: for options that cannot be honoured.
         """
-        single = isinstance(prompts, str)
-        jobs = [prompts] if single else list(prompts)
+        prompts = prompts if isinstance(prompts, str) else list(prompts)
+        single = isinstance(prompts, str) or (len(prompts) > 0 and all(isinstance(p, dict) for p in prompts))
         if batch_size < 1:
             raise TidarError(f"batch size is {batch_size}, but must be at least 1")
         engine, limits, encode = self._prepare(**options)
-        ids = [encode(prompt) for prompt in jobs]
+        ids = [encode(prompts)] if single else [_for_row(row, encode, prompt) for row, prompt in enumerate(prompts)]
         answers: dict[int, Answer] = {}
         for updates in engine.run(ids, limits, batch_size):
             for update in updates:
@@ -165,11 +167,20 @@ class TidarModel:
         params = SamplingParams(temperature, top_k, top_p, min_p, seed, trust)
         planned = self.plan(mode, draft_length, params, outcomes, plan, remeasure)
         engine = Engine(self.network, planned, tokenizer)
-        return (
-            engine,
-            Limits(max_new_tokens, self.network.eos_ids, tuple(stop)),
-            lambda p: encode_prompt(tokenizer, p, raw),
-        )
+
+        def encode(prompt: Prompt) -> list[int]:
+            ids, context = encode_prompt(tokenizer, prompt, raw), self.network.max_positions
+            if not ids:
+                raise TidarError("the prompt is empty: give at least one token")
+            if context is not None and len(ids) >= context:
+                raise TidarError(f"the prompt has {len(ids)} tokens, but the model's context is {context}: shorten it")
+            return ids
+
+        return engine, Limits(max_new_tokens, self.network.eos_ids, tuple(stop)), encode
+
+    def check(self, **options: object) -> None:
+        """Raise TidarError for options that `stream` and `generate` would refuse."""
+        self._prepare(**options)  # type: ignore[arg-type]
 
     def custom_generate(self, mode: Mode = "tidar", draft_length: int | None = None) -> Callable:
         """A decoding method for transformers: `hf_model.generate(**inputs, custom_generate=m.custom_generate())`."""
@@ -191,7 +202,14 @@ class TidarModel:
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
         if drafter is not None and config is not None:
-            drafter.save(folder / "drafter", str(folder), config)
+            drafter.save(folder / "drafter", str(folder.resolve()), config)
+
+
+def _for_row(row: int, encode: Callable[[Prompt], list[int]], prompt: Prompt) -> list[int]:
+    try:
+        return encode(prompt)
+    except TidarError as error:
+        raise PromptError(row, str(error)) from error
 
 
 def base_state_dict(model: nn.Module) -> dict:

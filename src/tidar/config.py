@@ -8,6 +8,8 @@ from typing import Any, Literal
 from tidar.errors import TidarError
 
 Objective = Literal["lossless", "paper"]
+MAX_DRAFT = 128
+"""Longest block: a step runs K + K * K tokens, so beyond this it is sure to be slower than plain decoding."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,8 @@ class TidarConfig:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.block_size < 2:
-            raise TidarError(f"block_size is {self.block_size}, but a block needs at least 2 tokens")
+        if not 2 <= self.block_size <= MAX_DRAFT:
+            raise TidarError(f"block size is {self.block_size}, but must be between 2 and {MAX_DRAFT}")
         if self.objective not in ("lossless", "paper"):
             raise TidarError(f"objective is {self.objective!r}, but must be 'lossless' or 'paper'")
         if self.objective == "paper" and self.mask_token_id is None:

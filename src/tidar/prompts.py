@@ -5,21 +5,29 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from tidar.errors import TidarError
+from tidar.errors import TidarError, first_line
 
 Message = dict[str, str]
 Prompt = str | list[Message]
 
 
-def read_prompts(path: str | Path) -> list[Prompt]:
+class Placed(NamedTuple):
+    """A prompt and where it stands: "file, line n"."""
+
+    place: str
+    prompt: Prompt
+
+
+def read_prompts(path: str | Path) -> list[Placed]:
     """Prompts of a JSONL file.
 
-    A row holds `prompt` (text), `messages` (list of role/content), `turns` (list of user texts, the first is used), or
-    the field names of common sets: `question`, `instruction` (with an optional `input`).
+    A row holds `prompt` (a text or messages), `messages` (list of role/content; answers at its end are left out),
+    `turns` (list of user texts, the first is used), or the field names of common sets: `question`, `instruction` (with
+    an optional `input`).
 
     Raises:
         TidarError: naming file, row and field of the first bad row.
@@ -33,7 +41,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
             )
         if isinstance(prompt, str) and not prompt.strip():
             raise TidarError(f"{where}: the prompt is empty")
-        prompts.append(prompt)
+        prompts.append(Placed(where, prompt))
     if not prompts:
         raise TidarError(f"{path} holds no rows")
     return prompts
@@ -71,26 +79,58 @@ def row_prompt(row: dict[str, Any]) -> Prompt | None:
     turns = row.get("turns")
     if isinstance(turns, list) and turns and isinstance(turns[0], str):
         return turns[0]
-    messages = row.get("messages")
-    if isinstance(messages, list) and messages and all(_is_message(m) for m in messages):
-        return [{"role": m["role"], "content": m["content"]} for m in messages]
+    for field in ("prompt", "messages"):
+        messages, _ = split_answer(row.get(field))
+        if messages:
+            return messages
     return None
+
+
+def split_answer(messages: object) -> tuple[list[Message], str | None]:
+    """A conversation up to where the model is to speak, and what it said last there (None: nothing yet).
+
+    Answers at the end are the model's to give, not something to answer. ([], None) for anything but messages.
+    """
+    if not isinstance(messages, list) or not all(_is_message(m) for m in messages):
+        return [], None
+    open_ = [{"role": m["role"], "content": m["content"]} for m in messages]
+    answer = None
+    while open_ and open_[-1]["role"] == "assistant":
+        last = open_.pop()
+        answer = last["content"] if answer is None else answer
+    return open_, answer
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, raw: bool = False) -> list[int]:
     """Token ids of a prompt: through the chat template where there is one, unless `raw`.
 
     Raises:
-        TidarError: for messages without a chat template, or messages with `raw`.
+        TidarError: for anything but text or messages, for messages without a chat template or with `raw`, and for
+            what the template or the tokenizer refuses.
     """
+    if not isinstance(prompt, str) and not (isinstance(prompt, list) and all(isinstance(m, dict) for m in prompt)):
+        raise TidarError("a prompt must be a text or a list of messages (dictionaries with 'role' and 'content')")
     if raw or tokenizer.chat_template is None:
         if not isinstance(prompt, str):
             reason = "--raw takes plain text" if raw else "this tokenizer has no chat template"
-            raise TidarError(f"a row holds 'messages', but {reason}")
-        return list(tokenizer(prompt).input_ids)
+            raise TidarError(f"the prompt is a list of messages, but {reason}")
+        return tokenize(tokenizer, prompt)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # the template is the model author's code, and raises what it likes
+        raise TidarError(f"the chat template refuses this conversation: {first_line(error)}") from error
+    return tokenize(tokenizer, text, add_special_tokens=False)
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, **options: bool) -> list[int]:
+    """Token ids of a text. Raises TidarError for a lone surrogate: JSON can spell it, UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"{text[error.start]!r} at character {error.start + 1}"
+        raise TidarError(f"the text holds half a surrogate pair ({half}), which is no character") from error
+    return list(tokenizer(text, **options).input_ids)
 
 
 def _is_message(message: object) -> bool:

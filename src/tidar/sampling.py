@@ -6,6 +6,7 @@ the *processed* autoregressive distribution p (temperature, top-k, top-p, min-p)
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,13 +22,16 @@ from transformers.generation import (
 
 from tidar.errors import TidarError
 
+GREEDY_BELOW = 1e-5
+"""Temperatures below this are greedy: no draw would differ, but logits divided by them overflow float32."""
+
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How tokens are chosen.
 
     Attributes:
-        temperature: 0 is greedy.
+        temperature: 0 (and anything below GREEDY_BELOW) is greedy.
         top_k, top_p, min_p: the usual truncations, None for off; ignored by greedy decoding, which they cannot change.
         seed: rows draw from streams keyed by (seed, row, position), so a batch equals its rows one by one.
         trust: beta of the paper's Sec. 3.3: tokens are judged by beta * AR logits + (1 - beta) * diffusion logits.
@@ -42,7 +46,8 @@ class SamplingParams:
     trust: float = 1.0
 
     def __post_init__(self) -> None:
-        _require(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or more")
+        finite = math.isfinite(self.temperature)
+        _require(finite and self.temperature >= 0, "temperature", self.temperature, "finite, 0 (greedy) or more")
         _require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "at least 1")
         _require(self.top_p is None or 0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
         _require(self.min_p is None or 0 <= self.min_p <= 1, "min_p", self.min_p, "in [0, 1]")
@@ -51,7 +56,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0
+        return self.temperature < GREEDY_BELOW
 
     def warpers(self) -> LogitsProcessorList:
         """transformers' own warpers, in the order `generate` applies them."""

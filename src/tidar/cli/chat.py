@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from tidar.cli import options as o
 from tidar.errors import TidarError
@@ -31,12 +32,30 @@ def chat(
     loaded = o.load(model, drafter, device, dtype)
     if loaded.tokenizer is None or loaded.tokenizer.chat_template is None:
         raise TidarError(f"{model} has no chat template, so it cannot chat; use `tidar generate --raw`")
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "seed": seed,
+        "draft_length": draft_length,
+        "outcomes": outcomes,
+        "plan": plan,
+        "remeasure": remeasure,
+        "trust": trust,
+        "mode": mode,
+    }
+    loaded.check(**settings)
     print("Ctrl-C stops an answer, Ctrl-D or /exit leaves, /new forgets the conversation.", file=sys.stderr)
     messages: list[Message] = []
     while True:
         try:
             line = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
+        except KeyboardInterrupt:  # throws away what was typed, as in a shell
+            print(file=sys.stderr)
+            continue
+        except EOFError:
             print(file=sys.stderr)
             return
         if line == "/exit":
@@ -48,29 +67,14 @@ def chat(
         messages.append({"role": "user", "content": line})
         answer, text = None, ""
         try:
-            for update in loaded.stream(
-                messages,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                min_p=min_p,
-                seed=seed,
-                draft_length=draft_length,
-                outcomes=outcomes,
-                plan=plan,
-                remeasure=remeasure,
-                trust=trust,
-                mode=mode,
-            ):
+            for update in loaded.stream(messages, **settings):
                 answer, text = update.answer, text + update.text
                 print(update.text, end="", flush=True)
         except KeyboardInterrupt:
             print(" [stopped]", end="")
         except TidarError as error:
-            if not text:
-                messages.pop()
-            print(f"tidar: {error}", file=sys.stderr)
+            messages.pop()
+            print(f"tidar: {error} (/new starts a new conversation)", file=sys.stderr)
             continue
         print()
         messages.append({"role": "assistant", "content": text})

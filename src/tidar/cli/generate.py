@@ -12,8 +12,8 @@ import typer
 from tidar.api import TidarModel
 from tidar.cli import options as o
 from tidar.decode.engine import Answer, Update
-from tidar.errors import TidarError
-from tidar.prompts import Prompt, read_prompts
+from tidar.errors import PromptError, TidarError
+from tidar.prompts import Placed, Prompt, read_prompts
 
 
 def generate(
@@ -45,7 +45,7 @@ def generate(
         raise TidarError("give either a PROMPT or --prompts FILE.jsonl")
     if prompt is not None and not prompt.strip():
         raise TidarError("the prompt is empty")
-    jobs: list[Prompt] = [prompt] if prompt is not None else read_prompts(prompts)  # type: ignore[arg-type]
+    jobs = read_prompts(prompts) if prompts is not None else [Placed("PROMPT", prompt or "")]
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -66,21 +66,35 @@ def generate(
     if prompt is not None and not as_json:
         _stream(loaded, prompt, settings)
         return
-    done = 0
-
-    def progress(update: Update) -> None:
-        nonlocal done
-        done += update.answer.finish_reason is not None
-        if len(jobs) > 1 and update.answer.finish_reason is not None:
-            print(f"\r{done}/{len(jobs)} prompts", end="", file=sys.stderr, flush=True)
-
-    answers = loaded.generate(jobs, batch_size=batch_size, on_update=progress, **settings)
-    if len(jobs) > 1:
-        print(file=sys.stderr)
-    for job, answer in zip(jobs, answers, strict=True):
-        print(json.dumps(record(job, answer), ensure_ascii=False) if as_json else answer.text)
+    written = _InOrder([job.prompt for job in jobs], as_json)
+    try:
+        answers = loaded.generate(written.prompts, batch_size=batch_size, on_update=written.update, **settings)
+    except PromptError as error:
+        raise TidarError(f"{jobs[error.row].place}: {error.reason}") from error
     if not as_json:
         print(summary(answers), file=sys.stderr)
+
+
+class _InOrder:
+    """Prints each answer as soon as it and all before it are finished: what is on stdout survives a Ctrl-C."""
+
+    def __init__(self, prompts: list[Prompt], as_json: bool) -> None:
+        self.prompts, self.as_json = prompts, as_json
+        self.waiting: dict[int, Answer] = {}
+        self.printed = 0
+
+    def update(self, update: Update) -> None:
+        if update.answer.finish_reason is None:
+            return
+        self.waiting[update.answer.row] = update.answer
+        while (answer := self.waiting.pop(self.printed, None)) is not None:
+            entry = record(self.prompts[self.printed], answer)
+            print(json.dumps(entry, ensure_ascii=False) if self.as_json else answer.text, flush=True)
+            self.printed += 1
+        if len(self.prompts) > 1 and not sys.stdout.isatty():
+            done = self.printed + len(self.waiting)
+            end = "\r" if done < len(self.prompts) else "\n"
+            print(f"{done}/{len(self.prompts)} prompts", end=end, file=sys.stderr, flush=True)
 
 
 def _stream(model: TidarModel, prompt: str, settings: dict[str, Any]) -> None:

@@ -23,17 +23,12 @@ app.command("train")(train.train)
 
 
 def main() -> None:
-    """Entry point."""
+    """Entry point. Typer itself ends quietly on Ctrl-C (130) and on a closed pipe (1)."""
     try:
         app()
     except TidarError as error:
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"tidar: {error}", markup=False)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(0)
 
 
 if __name__ == "__main__":

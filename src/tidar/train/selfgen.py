@@ -10,13 +10,10 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 
-from transformers import PreTrainedTokenizerBase
-
 from tidar.decode.engine import Engine, Limits
 from tidar.decode.step import Plan
 from tidar.model import hub
 from tidar.model.network import Network
-from tidar.prompts import Prompt, encode_prompt
 from tidar.sampling import SamplingParams
 from tidar.train.data import Sample
 
@@ -44,7 +41,7 @@ class Generation:
 
 
 def self_generate_parallel(
-    name: str, device: str | None, dtype: str, prompts: Sequence[Prompt], how: Generation, workers: int
+    name: str, device: str | None, dtype: str, prompts: Sequence[list[int]], how: Generation, workers: int
 ) -> list[Sample]:
     """`self_generate` by several processes that share the device: one alone is bound by Python, not by the GPU."""
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
@@ -56,18 +53,15 @@ def self_generate_parallel(
 
 
 def _work(
-    name: str, device: str | None, dtype: str, prompts: Sequence[Prompt], how: Generation, loud: bool
+    name: str, device: str | None, dtype: str, prompts: Sequence[list[int]], how: Generation, loud: bool
 ) -> list[Sample]:
-    network, tokenizer, _ = hub.load(name, drafter="none", device=device, dtype=dtype)
-    assert tokenizer is not None
-    return self_generate(network, tokenizer, prompts, how, loud)
+    network = hub.load(name, drafter="none", device=device, dtype=dtype).network
+    return self_generate(network, prompts, how, loud)
 
 
-def self_generate(
-    network: Network, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], how: Generation, loud: bool = True
-) -> list[Sample]:
-    """Answers of the plain AR model to `prompts`; progress goes to stderr if `loud`."""
-    encoded = [ids for p in prompts if len(ids := encode_prompt(tokenizer, p)) <= how.max_prompt_tokens]
+def self_generate(network: Network, prompts: Sequence[list[int]], how: Generation, loud: bool = True) -> list[Sample]:
+    """Answers of the plain AR model to `prompts` (token ids); progress goes to stderr if `loud`."""
+    encoded = [ids for ids in prompts if len(ids) <= how.max_prompt_tokens]
     if (left_out := len(prompts) - len(encoded)) and loud:
         print(f"self-generation: {left_out} prompts over {how.max_prompt_tokens} tokens left out", file=sys.stderr)
     temperatures = how.temperatures
