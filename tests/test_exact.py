@@ -122,6 +122,32 @@ def test_greedy_output_is_that_of_generate(arch, name, draft_length):
     assert tokens(answers) == [continuation[:NEW] for continuation in continuations(arch)]
 
 
+@every_architecture
+@pytest.mark.parametrize("name", PROPOSERS)
+@pytest.mark.parametrize(("draft_length", "outcomes"), [(2, 1), (3, 2), (5, 1), (5, 3), (8, 2)])
+def test_pruned_outcomes_do_not_change_the_output(arch, name, draft_length, outcomes):
+    propose = proposer(name, arch, draft_length)
+    answers = decode(network_of(arch), PROMPTS, draft_length, propose=propose, outcomes=outcomes)
+    assert tokens(answers) == [continuation[:NEW] for continuation in continuations(arch)]
+
+
+def test_a_pruned_outcome_is_drafted_from_the_nearest_earlier_one():
+    """All drafts stand, but a proposer that doubts itself makes the step pre-draft outcome 1 alone."""
+    network, length = network_of("llama"), 5
+    oracle = proposer("oracle", "llama", length)
+
+    def doubtful(network, block, logits, first, params, noise):
+        proposal = oracle(network, block, logits, first, params, noise)
+        return proposal._replace(confidence=torch.zeros_like(proposal.confidence))
+
+    full, pruned = (decode(network, PROMPTS[:1], length, 21, propose=doubtful, outcomes=n)[0] for n in (length, 1))
+    assert tokens([pruned]) == tokens([full])
+    assert full.acceptance_lengths == [5, 5, 5, 5]
+    # All five stand; of the block of outcome 1 only the last mask lies beyond the tokens that are known by then.
+    assert pruned.acceptance_lengths[0] == 5
+    assert pruned.acceptance_lengths[1] < 5
+
+
 @pytest.mark.parametrize("kind", ["no sampler head", "paper"])
 def test_greedy_output_is_that_of_generate_for_every_kind_of_conversion(kind):
     if kind == "paper":
@@ -283,14 +309,15 @@ PROCESSED = {
 
 
 @pytest.mark.parametrize("params", PROCESSED.values(), ids=PROCESSED)
-@pytest.mark.parametrize("drafter", ["whole", "no sampler head", "guess"])
+@pytest.mark.parametrize("drafter", ["whole", "pruned", "no sampler head", "guess"])
 def test_sampled_tokens_have_the_distribution_of_the_model(params, drafter):
     """End to end: every pair of neighbours among the first four tokens, over many rows of one prompt."""
     network, prompt = tiny_network("llama", vocabulary=SMALL, spread=0.25), [3, 1, 4]
     if drafter == "no sampler head":
         network.drafter.sampler_head = None
     propose = guess if drafter == "guess" else drafter_propose
-    drawn = torch.tensor(tokens(decode(network, [prompt] * ROWS, 3, 4, propose=propose, **params)))
+    outcomes = 1 if drafter == "pruned" else None
+    drawn = torch.tensor(tokens(decode(network, [prompt] * ROWS, 3, 4, propose=propose, outcomes=outcomes, **params)))
     joint = exact_joint(network, prompt, SamplingParams(**params), 4)
     for place in range(3):
         pairs = (drawn[:, place] * SMALL + drawn[:, place + 1]).bincount(minlength=SMALL**2)

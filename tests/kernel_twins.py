@@ -1,0 +1,112 @@
+"""Kernels against their eager twins over random shapes. Run with TRITON_INTERPRET=1 on a CPU, without it on a GPU."""
+
+import math
+import random
+import sys
+
+import torch
+from torch import Tensor
+
+from tidar.kernels import attention, linear, norm, rotary, swiglu
+from tidar.kernels.norm import LowRank
+from tidar.layout import step_layout
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16) if DEVICE.type == "cuda" else (torch.float32,)
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def random_tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, device=DEVICE).to(dtype)
+
+
+def close(got: Tensor, wanted: Tensor, dtype: torch.dtype, what: str) -> None:
+    error = (got.double() - wanted.double()).norm() / wanted.double().norm().clamp(min=1e-9)
+    assert error < TOLERANCE[dtype], f"{what}: relative error {error:.2g}"
+
+
+def low_rank(parts: list[int], rank: int, dtype: torch.dtype) -> LowRank | None:
+    if not rank:
+        return None
+    b = torch.zeros(rank * len(parts), sum(parts), device=DEVICE, dtype=dtype)
+    start = 0
+    for i, part in enumerate(parts):
+        b[rank * i : rank * (i + 1), start : start + part] = random_tensor(rank, part, dtype=dtype)
+        start += part
+    return LowRank(b, sum(parts))
+
+
+def one_round(chance: random.Random, dtype: torch.dtype) -> None:
+    batch, length = chance.randint(1, 3), chance.randint(1, 8)
+    outcomes = sorted(chance.sample(range(1, length + 1), chance.randint(0, length)))
+    prefix = torch.tensor([chance.randint(0, 150) for _ in range(batch)], device=DEVICE)
+    layout = step_layout(length, outcomes, DEVICE).after(prefix)
+    slots, kv, groups = layout.size, chance.choice((1, 2, 3)), chance.choice((1, 2, 3, 7))
+    dim, capacity, split = chance.choice((64, 96, 128, 16)), 320, chance.choice((1, 2, 4))
+    heads = rotary.Heads(
+        groups * kv,
+        kv,
+        dim,
+        random_tensor((groups + 2) * kv * dim, dtype=dtype) if chance.random() < 0.5 else None,
+        *(random_tensor(2, dim, dtype=dtype) if chance.random() < 0.5 else (None, None)),
+    )
+    keys, values = (random_tensor(batch, kv, capacity, dim, dtype=dtype) for _ in range(2))
+    tokens, rank = batch * slots, chance.choice((0, 4, 20))
+    what = f"{dtype} B={batch} K={length} outcomes={outcomes} H={groups * kv}/{kv} D={dim} split={split} rank={rank}"
+
+    query = random_tensor(batch, slots, groups * kv, dim, dtype=dtype)
+    scale = 1 / math.sqrt(dim)
+    wanted = attention.step_attention_eager(query.double(), keys.double(), values.double(), layout, scale)
+    close(attention.step_attention(query, keys, values, layout, scale), wanted, dtype, f"attention {what}")
+
+    parts = [groups * kv * dim, kv * dim, kv * dim]
+    lora = low_rank(parts, rank, dtype)
+    kind = dtype if split == 1 else torch.float32
+    partial = random_tensor(split, tokens, sum(parts) + 3 * rank, dtype=kind)
+    cos, sin = (random_tensor(batch, slots, dim // 2, dtype=dtype).repeat(1, 1, 2) for _ in range(2))
+    stores = [(keys.clone(), values.clone()) for _ in range(2)]
+    turned = [
+        f(partial, heads, lora, cos, sin, *store, prefix, slots, length)
+        for f, store in zip((rotary.rotate, rotary.rotate_eager), stores, strict=True)
+    ]
+    close(turned[0], turned[1], dtype, f"rotated queries {what}")
+    for got, expected in zip(*stores, strict=True):
+        close(got, expected, dtype, f"cache {what}")
+
+    width = chance.choice((48, 576, 130))
+    lora = low_rank([width], rank, dtype)
+    partial = random_tensor(split, tokens, width + rank, dtype=kind)
+    hidden, weight = random_tensor(tokens, width, dtype=dtype), random_tensor(width, dtype=dtype)
+    bias = random_tensor(width, dtype=dtype) if chance.random() < 0.5 else None
+    for given in (partial, None):
+        arguments = (hidden, given, weight, 1e-5, lora, slots, length, bias)
+        for got, expected in zip(norm.add_norm(*arguments), norm.add_norm_eager(*arguments), strict=True):
+            close(got, expected, dtype, f"norm {what}")
+
+    lora = low_rank([width, width], rank, dtype)
+    partial = random_tensor(split, tokens, 2 * width + 2 * rank, dtype=kind)
+    got = swiglu.swiglu(partial, width, lora, slots, length, dtype)
+    close(got, swiglu.swiglu_eager(partial, width, lora, slots, length), dtype, f"swiglu {what}")
+
+    inner, out = chance.choice((40, 576, 1030)), chance.choice((33, 200))
+    x, weight = random_tensor(tokens, inner, dtype=dtype), random_tensor(out, inner, dtype=dtype)
+    tiling = linear.Tiling(chance.choice((32, 64)), chance.choice((64, 128)), split, 4, 2)
+    wanted = linear.linear_eager(x.double(), weight.double())[0]
+    close(linear.linear(x, weight, tiling).double().sum(0), wanted, dtype, f"linear {what} {tiling}")
+    close(linear.linear(x, weight).double().sum(0), wanted, dtype, f"linear {what}")
+
+
+def main() -> None:
+    chance = random.Random(0)
+    torch.manual_seed(0)
+    for dtype in DTYPES:
+        for _ in range(int(sys.argv[1]) if len(sys.argv) > 1 else 6):
+            one_round(chance, dtype)
+    assert [linear.tile_rows(t) for t in (1, 17, 72, 112, 256, 272)] == [
+        *((16, 0), (32, 0), (64, 16), (128, 0), (256, 0), (256, 16))
+    ]
+    print("twins agree")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""What a plan is expected to gain, and which plan is chosen."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tidar.decode.costs import Costs
+from tidar.decode.engine import Engine, Limits
+from tidar.decode.planner import LOOK, LOOK_AGAIN, MARGIN, SHAPES, Acceptance, AutoPlanner, expected_tokens
+from tidar.decode.step import Plan
+from tidar.sampling import SamplingParams, likely_outcomes, outcome_probabilities
+from tiny import PROMPTS, continuations, network_of
+
+rates = st.floats(0.01, 0.99)
+
+
+@given(st.lists(rates, min_size=1, max_size=6), st.data())
+def test_outcome_probabilities_are_those_of_every_way_drafts_can_fall(survival, data):
+    """Against all 2 ** (K-1) sequences of independent verdicts."""
+    length = len(survival) + 1
+    drafted = data.draw(st.integers(1, length))
+    wanted = [0.0] * length
+    for verdicts in itertools.product((True, False), repeat=drafted - 1):
+        chance = 1.0
+        for stands, rate in zip(verdicts, survival, strict=False):
+            chance *= rate if stands else 1 - rate
+        accepted = 1 + next((i for i, stands in enumerate(verdicts) if not stands), drafted - 1)
+        wanted[accepted - 1] += chance
+    got = outcome_probabilities(torch.tensor([survival], dtype=torch.float64), torch.tensor([drafted]))[0]
+    torch.testing.assert_close(got, torch.tensor(wanted, dtype=torch.float64))
+    count = data.draw(st.integers(1, length))
+    chosen = likely_outcomes(torch.tensor([survival], dtype=torch.float64), torch.tensor([drafted]), count)[0].tolist()
+    assert chosen == sorted(set(chosen))
+    rest = [p for j, p in enumerate(wanted, 1) if j not in chosen]
+    assert min(wanted[j - 1] for j in chosen) >= max(rest, default=0) - 1e-12
+
+
+def simulated(survival: list[float], length: int, outcomes: int, steps: int) -> float:
+    """Mean tokens a forward, by playing the decoder with independent drafts."""
+    generator = torch.Generator().manual_seed(0)
+    drafted, total = 1, 0
+    for _ in range(steps):
+        chances = torch.tensor([survival[: length - 1]], dtype=torch.float64)
+        chosen = likely_outcomes(chances, torch.tensor([drafted]), outcomes)[0].tolist()
+        accepted = 1
+        while accepted < drafted and torch.rand((), generator=generator) < survival[accepted - 1]:
+            accepted += 1
+        total += accepted
+        before = [j for j in chosen if j <= accepted]
+        drafted = length - (accepted - before[-1]) if before else 1
+    return total / steps
+
+
+@pytest.mark.parametrize(("length", "outcomes"), [(2, 1), (4, 1), (4, 2), (4, 4), (8, 2), (8, 8)])
+@pytest.mark.parametrize("rate", [0.3, 0.8])
+def test_expected_tokens_are_those_of_a_played_decoder(length, outcomes, rate):
+    survival = [rate * 0.97**i for i in range(length - 1)]
+    assert expected_tokens(survival, length, outcomes) == pytest.approx(
+        simulated(survival, length, outcomes, 6000), rel=0.05
+    )
+
+
+@given(st.lists(rates, min_size=7, max_size=7), st.integers(2, 8))
+def test_without_pruning_the_expectation_is_a_sum_of_products(survival, length):
+    wanted, product = 1.0, 1.0
+    for rate in survival[: length - 1]:
+        product *= rate
+        wanted += product
+    assert expected_tokens(survival, length, length) == pytest.approx(wanted)
+    assert expected_tokens(survival, length, 1) <= wanted + 1e-9
+
+
+def planner_with(costs: dict[tuple[int, int], float]) -> AutoPlanner:
+    planner = AutoPlanner(SamplingParams())
+    planner.costs = {1: [(plan, costs[plan.draft_length, plan.blocks]) for plan in planner.plans]}
+    return planner
+
+
+@settings(max_examples=20)
+@given(st.floats(0.001, 0.2), st.floats(0.05, 0.95), st.lists(st.floats(0.8, 1.3), min_size=40, max_size=40))
+def test_the_best_plan_is_chosen_by_brute_force(slope, rate, noise):
+    costs = {shape: 1 + slope * shape[0] * (1 + shape[1]) * noise[i] for i, shape in enumerate(SHAPES)}
+    planner = planner_with(costs)
+    planner.acceptance.stood = [rate * tried for tried in planner.acceptance.tried]
+    speed = {shape: expected_tokens([rate] * 15, *shape) / costs[shape] for shape in SHAPES if shape[0] > 1}
+    best = max(speed, key=speed.get)
+    chosen = planner.choose(1)
+    if speed[best] > MARGIN / costs[1, 0]:
+        assert (chosen.draft_length, chosen.blocks) == best
+    else:
+        assert not chosen.drafting
+
+
+def test_plain_decoding_where_drafts_do_not_pay_with_a_look_now_and_then():
+    planner = planner_with({shape: 1.0 if shape[0] == 1 else 10.0 for shape in SHAPES})
+    plans = [planner.choose(1) for _ in range(3 * (LOOK_AGAIN + LOOK))]
+    assert not any(plan.drafting for plan in plans[: LOOK_AGAIN - 1])
+    assert 0 < sum(plan.drafting for plan in plans) <= 3 * LOOK
+
+
+def test_acceptance_is_learned_and_forgotten():
+    seen = Acceptance(4)
+    for _ in range(300):
+        seen.observe(accepted=3, drafted=4)
+    assert seen.survival == pytest.approx([1, 1, 0], abs=0.02)
+    for _ in range(300):
+        seen.observe(accepted=1, drafted=2)
+    assert seen.survival == pytest.approx([0, 1, 0], abs=0.02)  # what was not tried keeps its rate
+    seen.observe(accepted=1, drafted=1)
+    assert seen.survival == pytest.approx([0, 1, 0], abs=0.02)
+
+
+@settings(max_examples=10)
+@given(st.lists(st.sampled_from(SHAPES), min_size=1, max_size=40), st.sampled_from(["llama", "gpt_neox"]))
+def test_greedy_output_does_not_depend_on_the_plan_of_any_step(shapes, arch):
+    """Draft length and outcomes change from forward to forward, plain decoding in between."""
+
+    class Scripted:
+        longest = Plan(16)
+
+        def __init__(self) -> None:
+            self.shapes = itertools.cycle(shapes)
+
+        def prepare(self, network, rows):
+            pass
+
+        def choose(self, rows):
+            length, blocks = next(self.shapes)
+            return Plan(length, outcomes=blocks)
+
+        def observe(self, accepted, drafted):
+            assert 1 <= accepted <= drafted
+
+    answers = {}
+    for updates in Engine(network_of(arch), Scripted()).run(PROMPTS, Limits(20), 3):
+        answers.update({u.answer.row: u.answer.token_ids for u in updates})
+    assert [answers[i] for i in range(len(PROMPTS))] == [c[:20] for c in continuations(arch)]
+
+
+def test_costs_are_measured_once_and_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tidar.decode.costs.cache_folder", lambda: tmp_path)
+    network, plans = network_of("llama"), [Plan(1), Plan(2, outcomes=1), Plan(4, outcomes=4)]
+    first = Costs(network)
+    measured = first.of(plans, 2)
+    first.save()
+    assert measured[0][0] == plans[0]
+    assert all(seconds > 0 for _, seconds in measured)
+    assert "measuring" in capsys.readouterr().err
+    again = Costs(network)
+    assert again.of(plans, 2) == measured
+    assert not again.changed
+    assert not capsys.readouterr().err
+    (file,) = (tmp_path / "costs").iterdir()
+    assert json.loads(file.read_text())["network"]["model"]["model_type"] == "llama"
+    file.write_text("{broken")
+    assert Costs(network).known == {}
+    assert Costs(network_of("qwen2")).path != file
+
+
+def test_auto_decodes_what_generate_does():
+    network = network_of("llama")
+    answers = {}
+    for updates in Engine(network, AutoPlanner(SamplingParams())).run(PROMPTS, Limits(30), 2):
+        answers.update({u.answer.row: u.answer.token_ids for u in updates})
+    assert [answers[i] for i in range(len(PROMPTS))] == [c[:30] for c in continuations("llama")]
