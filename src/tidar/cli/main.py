@@ -7,7 +7,7 @@ import sys
 import typer
 from rich.console import Console
 
-from tidar.cli import chat, generate, train
+from tidar.cli import bench, chat, generate, train
 from tidar.errors import TidarError
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("train")(train.train)
+app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:

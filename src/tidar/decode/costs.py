@@ -122,7 +122,7 @@ def _description(network: Network) -> dict[str, Any]:
     sizes = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     drafter = network.drafter.spec._asdict() if network.drafter is not None else None
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "model": {name: config.get(name) for name in (*sizes, "num_key_value_heads")},
         "drafter": drafter,
@@ -132,7 +132,7 @@ def _description(network: Network) -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def processor_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

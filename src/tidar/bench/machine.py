@@ -1,0 +1,71 @@
+"""The two ceilings of a machine, reading memory and multiplying; and what to write beside figures."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from tidar.decode.costs import processor_name
+
+
+def median_seconds(work: Callable[[], object], device: torch.device, repeats: int = 10, warmups: int = 2) -> float:
+    """Median time of `work`, waiting for the device each time."""
+    return statistics.median(_times(work, device, repeats, warmups))
+
+
+def _times(work: Callable[[], object], device: torch.device, repeats: int = 10, warmups: int = 2) -> list[float]:
+    taken = []
+    for _ in range(warmups + repeats):
+        _wait(device)
+        started = time.perf_counter()
+        work()
+        _wait(device)
+        taken.append(time.perf_counter() - started)
+    return taken[warmups:]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Bytes per second when reading much more than the caches hold; the best of several tries, as for any ceiling."""
+    size = (4 << 30) if device.type == "cuda" else (1 << 29)
+    data = torch.ones(size // 4, device=device)
+    return size / min(_times(data.sum, device))
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a large matrix product on random data."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return 2 * n**3 / min(_times(lambda: a @ b, device))
+
+
+def conditions(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What figures were measured with."""
+    here = Path(__file__).parent
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {
+        "command": " ".join(["tidar", *sys.argv[1:]]),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "dtype": str(dtype).removeprefix("torch."),
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit or None,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }

@@ -1,0 +1,190 @@
+"""Decoding speed on real prompts: our TiDAR and AR beside transformers, in one run, by batch size."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from tidar.api import TidarModel
+from tidar.bench import machine
+from tidar.bench.shapes import cache_bytes, weight_bytes
+from tidar.prompts import Prompt, encode_prompt
+
+
+class Run(NamedTuple):
+    """One pass over the prompts: wall seconds with prefills, answers as token ids, forwards summed over rows."""
+
+    seconds: float
+    answers: list[list[int]]
+    forwards: int | None
+
+
+Runner = Callable[[list[Prompt], int, int], Run]
+"""(prompts, batch size, new tokens) -> Run."""
+
+
+def ours(model: TidarModel, **options: Any) -> Runner:
+    """Our engine, in any mode."""
+
+    def run(prompts: list[Prompt], batch: int, new: int) -> Run:
+        started = time.perf_counter()
+        answers = model.generate(prompts, batch_size=batch, max_new_tokens=new, **options)
+        seconds = time.perf_counter() - started
+        return Run(seconds, [a.token_ids for a in answers], sum(a.forwards for a in answers))
+
+    return run
+
+
+def transformers_generate(model: TidarModel, **options: Any) -> Runner:
+    """transformers' generate on the same weights, left-padded batches, sdpa attention."""
+
+    @torch.inference_mode()
+    def run(prompts: list[Prompt], batch: int, new: int) -> Run:
+        tokenizer, lm, device = model.tokenizer, model.hf_model, model.network.device
+        assert tokenizer is not None
+        eos = sorted(model.network.eos_ids)
+        ours_before = lm.config._attn_implementation
+        lm.set_attn_implementation("sdpa")
+        answers: list[list[int]] = []
+        started = time.perf_counter()
+        for at in range(0, len(prompts), batch):
+            rows = [encode_prompt(tokenizer, prompt) for prompt in prompts[at : at + batch]]
+            width = max(map(len, rows))
+            ids = torch.tensor([[0] * (width - len(r)) + r for r in rows], device=device)
+            mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
+            greedy = {"do_sample": False, "eos_token_id": eos, "pad_token_id": 0, "max_new_tokens": new}
+            out = lm.generate(ids, attention_mask=mask, **greedy, **options)
+            answers += [_until(row, set(eos)) for row in out[:, width:].tolist()]
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+        lm.set_attn_implementation(ours_before)
+        return Run(seconds, answers, None)
+
+    return run
+
+
+def _until(tokens: list[int], eos: set[int]) -> list[int]:
+    end = next((i for i, token in enumerate(tokens) if token in eos), len(tokens) - 1)
+    return tokens[: end + 1]
+
+
+def contestants(model: TidarModel, peers: bool) -> dict[str, Runner]:
+    """What is compared; prompt lookup decodes one row at a time."""
+    trained = model.config.block_size if model.config is not None else 8
+    runs = {"ar": ours(model, mode="ar"), "tidar auto": ours(model)}
+    if model.network.can_draft:
+        runs[f"tidar K={trained}, all outcomes"] = ours(model, plan="fixed")
+        runs[f"tidar K={trained}, 3 outcomes"] = ours(model, draft_length=trained, outcomes=3)
+    else:
+        del runs["tidar auto"]
+    if peers:
+        runs["transformers generate"] = transformers_generate(model)
+        if model.network.device.type == "cuda":
+            runs["transformers static cache + compile"] = transformers_generate(model, cache_implementation="static")
+        runs["transformers prompt lookup"] = transformers_generate(model, prompt_lookup_num_tokens=8)
+    return runs
+
+
+def measure(
+    model: TidarModel,
+    name: str,
+    sets: dict[str, list[Prompt]],
+    batches: Sequence[int],
+    new: int,
+    repeats: int,
+    peers: bool,
+    peer_prompts: int,
+) -> dict[str, Any]:
+    """Every contestant on every set and batch size; medians over `repeats` passes after one to warm up.
+
+    Peers that are not ours run at the first batch size only, on the first `peer_prompts` prompts.
+    """
+    network = model.network
+    assert model.tokenizer is not None
+    weights = weight_bytes(network)
+    rows = []
+    for set_name, prompts in sets.items():
+        for batch in batches:
+            reference: list[list[int]] = []
+            for label, run in contestants(model, peers and batch == batches[0]).items():
+                foreign = label.startswith("transformers")
+                if foreign and batch > 1 and "lookup" in label:
+                    continue
+                part = prompts[:peer_prompts] if foreign else prompts
+                run(part[: max(batch, 2)], batch, new)
+                runs = [run(part, batch, new) for _ in range(repeats)]
+                tokens = sum(map(len, runs[0].answers))
+                seconds = statistics.median(r.seconds for r in runs)
+                reference = reference or runs[0].answers
+                row: dict[str, Any] = {
+                    "set": set_name,
+                    "contestant": label,
+                    "batch": batch,
+                    "prompts": len(part),
+                    "tokens_per_s": round(tokens / seconds, 1),
+                    "seconds": round(seconds, 3),
+                    "new_tokens": tokens,
+                    "identical_to_ar": sum(a == b for a, b in zip(runs[0].answers, reference, strict=False)),
+                }
+                if runs[0].forwards:
+                    forwards = runs[0].forwards
+                    prompt_tokens = sum(len(encode_prompt(model.tokenizer, p)) for p in part)
+                    length = (prompt_tokens + tokens / 2) / len(part)
+                    step = seconds * min(batch, len(part)) / forwards
+                    read = weights + min(batch, len(part)) * cache_bytes(network, int(length))
+                    row |= {
+                        "tokens_per_forward": round(tokens / forwards, 3),
+                        "ms_per_forward": round(step * 1e3, 3),
+                        "gb_per_s": round(read / step / 1e9, 1),
+                    }
+                rows.append(row)
+                print({k: row[k] for k in list(row)[:6]}, file=sys.stderr)
+    return {
+        "conditions": machine.conditions(network.device, network.lm.dtype)
+        | {"template": "chat", "temperature": 0, "max_new_tokens": new, "repeats": repeats},
+        "model": name,
+        "rows": rows,
+    }
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Tokens per second: bars at batch 1, lines over batch sizes."""
+    from matplotlib import pyplot
+
+    rows = result["rows"]
+    sets = list(dict.fromkeys(r["set"] for r in rows))
+    figure, axes = pyplot.subplots(2, len(sets), figsize=(5.2 * len(sets), 6.4), layout="constrained", squeeze=False)
+    for column, name in enumerate(sets):
+        first = min(r["batch"] for r in rows)
+        single = [r for r in rows if r["set"] == name and r["batch"] == first]
+        top = axes[0][column]
+        colours = ["C0" if r["contestant"].startswith("tidar") else "0.65" for r in single]
+        bars = top.barh([r["contestant"] for r in single], [r["tokens_per_s"] for r in single], color=colours)
+        top.bar_label(bars, [f" {r['tokens_per_s']:,.0f}" for r in single], fontsize=8)
+        top.invert_yaxis()
+        top.margins(x=0.15)
+        top.set_title(f"{name}, batch {first}", fontsize=9)
+        top.set_xlabel("tokens/s")
+        bottom = axes[1][column]
+        for label in dict.fromkeys(r["contestant"] for r in rows):
+            mine = [r for r in rows if r["set"] == name and r["contestant"] == label]
+            if len(mine) > 1:
+                bottom.plot([r["batch"] for r in mine], [r["tokens_per_s"] for r in mine], "o-", ms=4, label=label)
+        bottom.set_xscale("log", base=2)
+        bottom.set_yscale("log")
+        bottom.set_xlabel("batch")
+        bottom.set_ylabel("tokens/s")
+        bottom.grid(alpha=0.3)
+        if bottom.lines:
+            bottom.legend(fontsize=8, frameon=False)
+    conditions = result["conditions"]
+    figure.suptitle(f"{result['model']}, {conditions['device']}, {conditions['dtype']}, greedy", fontsize=10)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

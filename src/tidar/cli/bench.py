@@ -1,0 +1,109 @@
+"""`tidar bench`: what a forward costs on this machine, and how fast decoding is."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tidar.bench import shapes, slots, speed
+from tidar.cli import options as o
+from tidar.errors import TidarError
+from tidar.prompts import Prompt, read_prompts
+
+app = typer.Typer(help="Measure this machine.", no_args_is_help=True, rich_markup_mode=None)
+
+Out = Annotated[Path, typer.Option(help="Where to write: OUT.json and OUT.png.")]
+TOKENS = [1, 2, 4, 8, 16, 24, 32, 48, 64, 72, 96, 112, 128, 160, 192, 256, 272, 320, 512]
+
+
+@app.command("slots")
+def bench_slots(
+    model: Annotated[str, typer.Option(help=f"A model, or one of {', '.join(shapes.RANDOM)}.")] = "smollm2-135m",
+    out: Out = Path("slots"),
+    tokens: Annotated[list[int] | None, typer.Option(help="Tokens in a forward (repeatable).")] = None,
+    prefix: Annotated[list[int] | None, typer.Option(help="Cached tokens (repeatable) [default: 256 1024].")] = None,
+    batch: Annotated[int, typer.Option(help="Rows.")] = 1,
+    drafter: Annotated[bool, typer.Option(help="Time steps with the gated drafter.")] = True,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+) -> None:
+    """Draw the free-token-slots curve: latency against tokens in one forward."""
+    prefixes, counts = prefix or [256, 1024], sorted(set(tokens or TOKENS))
+    if min(*prefixes, *counts, batch) < 1:
+        raise TidarError("tokens, prefix and batch must be at least 1")
+    _writable(out)
+    network = shapes.build(model, drafter, device, dtype)
+    limit = network.max_positions
+    if limit is not None and max(prefixes) + max(counts) > limit:
+        raise TidarError(f"{max(prefixes)} + {max(counts)} tokens exceed the model's context of {limit}")
+    result = slots.measure(network, model, counts, prefixes, batch)
+    _write(result, out)
+    slots.plot(result, out.with_suffix(".png"))
+    console = Console()
+    for curve in result["curves"]:
+        table = Table("K", "outcomes", "slots", "ms", "AR steps", "of bandwidth", title=f"prefix {curve['prefix']:,}")
+        for step in curve["steps"]:
+            numbers = (str(step[key]) for key in ("draft_length", "outcomes", "slots"))
+            share = f"{step['share_of_bandwidth']:.0%}"
+            table.add_row(*numbers, f"{step['ms']:.3f}", f"{step['ar_steps']:.2f}", share)
+        console.print(table)
+
+
+@app.command("speed")
+def bench_speed(
+    prompts: Annotated[list[str], typer.Option(help="NAME=FILE.jsonl[:FIRST_N] (repeatable).")],
+    model: o.Model = "smollm2-135m",
+    drafter: o.DrafterFolder = None,
+    out: Out = Path("speed"),
+    batch: Annotated[list[int] | None, typer.Option(help="Batch sizes (repeatable) [default: 1 4 16 64].")] = None,
+    max_new_tokens: o.MaxNewTokens = 128,
+    repeats: Annotated[int, typer.Option(help="Timed passes; the median counts.")] = 3,
+    peers: Annotated[bool, typer.Option(help="Also time transformers' generate and prompt lookup.")] = True,
+    peer_prompts: Annotated[int, typer.Option(help="Prompts that peers answer; they are slow.")] = 8,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+) -> None:
+    """Measure decoding, TiDAR against AR and peers, in one run."""
+    batches = batch or [1, 4, 16, 64]
+    if min(*batches, repeats, peer_prompts) < 1:
+        raise TidarError("batch, repeats and peer-prompts must be at least 1")
+    _writable(out)
+    sets = dict(map(read_set, prompts))
+    loaded = o.load(model, drafter, device, dtype)
+    result = speed.measure(loaded, model, sets, batches, max_new_tokens, repeats, peers, peer_prompts)
+    _write(result, out)
+    speed.plot(result, out.with_suffix(".png"))
+    table = Table("set", "batch", "contestant", "tokens/s", "ms/forward", "tokens per forward", "GB/s", "same as AR")
+    for row in result["rows"]:
+        optional = (str(row.get(key, "")) for key in ("ms_per_forward", "tokens_per_forward", "gb_per_s"))
+        same = f"{row['identical_to_ar']}/{row['prompts']}"
+        table.add_row(row["set"], str(row["batch"]), row["contestant"], f"{row['tokens_per_s']:,.0f}", *optional, same)
+    Console().print(table)
+
+
+def read_set(text: str) -> tuple[str, list[Prompt]]:
+    """NAME=FILE[:FIRST_N] as a name and its prompts."""
+    name, _, rest = text.partition("=")
+    file, _, limit = rest.partition(":")
+    if not file or (limit and not limit.isdigit()):
+        raise TidarError(f"--prompts {text!r} is not NAME=FILE.jsonl[:FIRST_N]")
+    return name, [placed.prompt for placed in read_prompts(Path(file))][: int(limit) if limit else None]
+
+
+def _writable(out: Path) -> None:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.with_suffix(".json").touch()
+    except OSError as error:
+        raise TidarError(f"cannot write {out.with_suffix('.json')}: {error.strerror}") from error
+
+
+def _write(result: dict[str, Any], out: Path) -> None:
+    out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    print(f"wrote {out.with_suffix('.json')} and {out.with_suffix('.png')}", file=sys.stderr)
