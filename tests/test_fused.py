@@ -40,11 +40,11 @@ def test_fused_backbone_equals_stock_modules(arch, draft, data):
             cache = RowCache(len(lengths), 64, network.device)
             layout = prefill_layout(torch.tensor(lengths), max(lengths), 0)
             cache.reserve(layout.size)
-            network(prompts, layout, cache)
+            network(prompts, layout, cache, fused=True)
             cache.lengths.copy_(torch.tensor(lengths))
             layout = step_layout(length, outcomes).after(cache.lengths)
             cache.reserve(layout.size)
-            said.append(network(drafts, layout, cache))
+            said.append(network(drafts, layout, cache, fused=True))
     torch.testing.assert_close(said[1], said[0], atol=2e-4, rtol=2e-4)
 
 

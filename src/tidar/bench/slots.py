@@ -36,7 +36,7 @@ def forward_seconds(network: Network, tokens: int, prefix: int, rows: int = 1) -
     cache.reserve(tokens)
 
     def work() -> torch.Tensor:
-        return network.head(network(ids, layout, cache))
+        return network.head(network(ids, layout, cache, fused=True))
 
     if device.type != "cuda":
         return machine.median_seconds(work, device, repeats=5)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from tidar.decode.cache import RowCache
 from tidar.decode.step import Plan, State, StepResult, step
@@ -27,8 +28,7 @@ CAPACITY = 1024
 class Pending:
     """A step's result, perhaps still on its way to the host."""
 
-    def __init__(self, result: StepResult) -> None:
-        packed = torch.cat((result.accepted[:, None], result.drafted[:, None], result.new), 1)
+    def __init__(self, packed: Tensor) -> None:
         self.event: torch.cuda.Event | None = None
         self.host = packed
         if packed.is_cuda:
@@ -42,6 +42,11 @@ class Pending:
         if self.event is not None:
             self.event.synchronize()
         return [Gain(drafted, tokens[:accepted]) for accepted, drafted, *tokens in self.host.tolist()]
+
+
+def pack(result: StepResult) -> Tensor:
+    """[B, 2 + K]: accepted, drafted, new tokens; one tensor is one copy to the host."""
+    return torch.cat((result.accepted[:, None], result.drafted[:, None], result.new), 1)
 
 
 class Gain(NamedTuple):
@@ -76,7 +81,7 @@ class Runner:
     def step(self, plan: Plan, rows: int, longest: int) -> Pending:
         """One forward over the first `rows` rows."""
         assert self.state is not None
-        return Pending(step(self.network, self.state.first(rows), plan, longest))
+        return Pending(pack(step(self.network, self.state.first(rows), plan, longest)))
 
 
 class GraphRunner(Runner):
@@ -84,7 +89,7 @@ class GraphRunner(Runner):
 
     def __init__(self, network: Network) -> None:
         super().__init__(network)
-        self.graphs: dict[tuple[Plan, int], tuple[torch.cuda.CUDAGraph, StepResult]] = {}
+        self.graphs: dict[tuple[Plan, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.active: list[bool] = []
         self.pool = torch.cuda.graph_pool_handle()  # graphs never run at the same time, so they can share memory
 
@@ -106,6 +111,7 @@ class GraphRunner(Runner):
         else:
             length = plan.draft_length
         self.graphs.clear()
+        self.pool = torch.cuda.graph_pool_handle()
         self.state = None  # its memory first
         capacity = -(-capacity // CAPACITY) * CAPACITY
         self.state = State.empty(rows, capacity, length, self.network, sampled)
@@ -129,7 +135,7 @@ class GraphRunner(Runner):
         graph.replay()
         return Pending(result)
 
-    def _capture(self, plan: Plan, rows: int) -> tuple[torch.cuda.CUDAGraph, StepResult]:
+    def _capture(self, plan: Plan, rows: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         assert self.state is not None
         state, started = self.state.first(rows), time.perf_counter()
         kept = [tensor.clone() for tensor in (state.cache.lengths, *state.tensors())]
@@ -140,7 +146,7 @@ class GraphRunner(Runner):
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
-            result = step(self.network, state, plan)
+            result = pack(step(self.network, state, plan))
         for tensor, value in zip((state.cache.lengths, *state.tensors()), kept, strict=True):
             tensor.copy_(value)
         torch.cuda.synchronize()
@@ -172,6 +178,6 @@ def fuse(network: Network) -> None:
     for network.fused in (None, fused):
         cache = RowCache(1, layout.size, device)
         cache.reserve(layout.size)
-        said.append(network(ids, layout, cache).double())
+        said.append(network(ids, layout, cache, fused=True).double())
     if not (said[0] - said[1]).norm() < FUSED_ERROR * said[0].norm():
         network.fused = None

@@ -200,7 +200,7 @@ def step(network: Network, state: State, plan: Plan, longest: int | None = None)
     drafted = state.drafted.clamp(max=length)
     layout = step_layout(length, outcomes).after(cache.lengths)
     cache.reserve(layout.size, longest)
-    hidden = network(drafts, layout, cache)
+    hidden = network(drafts, layout, cache, fused=True)
     accepted, next_token = _decide(network, state, plan, hidden[:, :length], hidden[:, length:], outcomes)
     new = torch.cat((drafts[:, 1:], drafts[:, :1]), 1).scatter(1, accepted[:, None] - 1, next_token[:, None])
     accepted = accepted * state.active

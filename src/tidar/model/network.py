@@ -15,9 +15,6 @@ from tidar.layout import Layout
 from tidar.model.drafter import Drafter
 from tidar.model.fused import FusedBackbone, fuse
 
-FUSED_SLOTS = 512
-"""Larger forwards are prefills, which the stock modules do as well."""
-
 
 class Network(nn.Module):
     """A transformers causal LM, unchanged, plus what drafts for it.
@@ -84,7 +81,12 @@ class Network(nn.Module):
         raise TidarError("this model has no mask token, free or learned: convert it first with `tidar train`")
 
     def forward(
-        self, ids: Tensor, layout: Layout, cache: object | None = None, mask: Tensor | BlockMask | None = None
+        self,
+        ids: Tensor,
+        layout: Layout,
+        cache: object | None = None,
+        mask: Tensor | BlockMask | None = None,
+        fused: bool = False,
     ) -> Tensor:
         """Run one layout.
 
@@ -93,6 +95,7 @@ class Network(nn.Module):
             layout: positions and visibility; its mask blocks are appended to the clean tokens.
             cache: KV cache whose slots `[prefix, prefix + N)` take this forward's keys (see decode/cache.py).
             mask: the layout's mask where the caller has it in another form; dense by default.
+            fused: take the fused backbone, if there is one; for forwards of few tokens over a row cache.
 
         Returns:
             [B, N, H] final hidden states; the first `layout.clean` are the causal model's own.
@@ -106,7 +109,7 @@ class Network(nn.Module):
         if self.max_positions is not None:
             # Masks (and drafts not yet judged) may stand past the context's end; no token there is ever committed.
             position = position.clamp(max=self.max_positions - 1)
-        if self.fused is not None and cache is not None and layout.size <= FUSED_SLOTS:
+        if self.fused is not None and fused:
             return self.fused(embedded, layout, position, cache)
         if mask is None:
             mask = layout.dense_mask(None if cache is None else cache.width)  # type: ignore[attr-defined]
