@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tidar.kernels import attention, norm, rotary, swiglu
+from tidar.kernels.draft import Walk
 from tidar.kernels.launch import available
 from tidar.kernels.linear import linear, linear_eager
 from tidar.kernels.norm import LowRank
@@ -61,6 +62,7 @@ class FusedBackbone:
     def __init__(self, layers: list[FusedLayer], final_norm: Tensor, eps: float, rotary_emb: nn.Module) -> None:
         self.layers, self.final_norm, self.eps, self.rotary_emb = layers, final_norm, eps, rotary_emb
         self.kernels = available(final_norm.device)
+        self.walk: Walk | None = None  # the sampler head, folded when it first drafts (see propose.py)
 
     def __call__(self, embedded: Tensor, layout: Layout, position: Tensor, cache: Any) -> Tensor:
         """Final hidden states [B, N, H] of embedded [B, N, H]; keys and values go behind each row of `cache`."""

@@ -7,11 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tidar.kernels.draft import Walk, candidates_eager, draft, fold
 from tidar.model.network import Network
 from tidar.sampling import DraftProbs, SamplingParams, draw
 
-CANDIDATES = 64
-"""Tokens a position that can be drafted: the likeliest of the mask's own logits, re-scored by the sampler head."""
+CANDIDATES = 128
+"""Tokens a position that can be drafted: two of each group of the vocabulary, the likeliest by the mask's own logits,
+re-scored by the sampler head."""
 
 
 class Proposal(NamedTuple):
@@ -37,8 +39,10 @@ def propose(
         first: [B] d_1, the verified next token.
         noise: [B, K-1] uniform in [0, 1), None for greedy.
     """
+    if params.greedy and (walk := _walk(network)) is not None:
+        return Proposal(*draft(walk, block, logits, first, CANDIDATES), None)
     # The head only re-ranks: scoring a few candidates a position costs a gather instead of a pass over the vocabulary.
-    scores, candidates = logits.topk(min(CANDIDATES, logits.shape[-1]), -1)
+    scores, candidates = candidates_eager(logits, CANDIDATES)
     head = network.drafter.sampler_head if network.drafter is not None else None
     state = torch.zeros_like(block[:, 0], dtype=torch.float32)
     output = network.lm.get_output_embeddings()
@@ -64,3 +68,30 @@ def propose(
         confidence.append(score.float().softmax(-1).gather(1, chosen[:, None])[:, 0])
     probs = None if params.greedy else DraftProbs(candidates, torch.stack(drawn_from, 1))
     return Proposal(torch.stack(drafts, 1), torch.stack(confidence, 1), probs)
+
+
+def _walk(network: Network) -> Walk | None:
+    """The sampler head as kernels, kept with the fused backbone; None where the loop above is all there is."""
+    fused = network.fused
+    if fused is None or not fused.kernels or network.vocabulary <= CANDIDATES:
+        return None
+    if fused.walk is None:
+        fused.walk = fold_head(network)
+    return fused.walk
+
+
+def fold_head(network: Network) -> Walk | None:
+    """The network's sampler head as the kernels take it, if it has one. It is a copy: build it after training."""
+    head = network.drafter.sampler_head if network.drafter is not None else None
+    if head is None:
+        return None
+    output = network.lm.get_output_embeddings()
+    return fold(
+        head.hidden_in.weight,
+        head.token_in.weight,
+        head.state_in.weight,
+        head.out.weight,
+        network.embed,
+        output.weight,
+        output.bias,
+    )

@@ -1,0 +1,110 @@
+"""The kernels that draft are the twins of the eager loop in `propose`; on a CPU they run in Triton's interpreter."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from tidar.kernels import draft as kernels
+from tidar.kernels.launch import triton
+from tidar.model.network import Network
+from tidar.model.propose import CANDIDATES, fold_head, propose
+from tidar.model.sampler_head import SamplerHead
+from tidar.sampling import SamplingParams
+from tiny import tiny_network
+
+NATIVE, INTERPRETED = torch.cuda.is_available(), os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if NATIVE and not INTERPRETED else "cpu"
+runs_kernels = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="runs in the subprocess below")
+
+
+@pytest.mark.skipif(triton is None, reason="Triton is not installed")
+@pytest.mark.skipif(INTERPRETED or NATIVE, reason="the tests below run here")
+def test_kernels_in_the_interpreter():
+    """In a process of their own: Triton reads the variable once, when its kernels are defined."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "passed" in done.stdout
+
+
+def grown(arch: str, vocabulary: int) -> Network:
+    """A network whose sampler head matters (it starts at zero), and is of no round width."""
+    network = tiny_network(arch, vocabulary=vocabulary)
+    network.drafter.sampler_head = SamplerHead(32, 20)
+    torch.nn.init.normal_(network.drafter.sampler_head.out.weight, std=0.3)
+    return network.to(DEVICE)
+
+
+def some_block(network: Network, batch: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """States, their logits and verified tokens."""
+    hidden = network.lm.get_input_embeddings().weight.shape[1]
+    block = 2 * torch.randn(batch, length, hidden, device=DEVICE)
+    return block, network.head(block[:, 1:]), torch.randint(network.vocabulary, (batch,), device=DEVICE)
+
+
+@pytest.mark.parametrize("vocabulary", [5, 32, 33, 50, 512])
+def test_candidates_are_the_best_two_of_each_group(vocabulary):
+    logits, count = torch.randn(2, 3, vocabulary), 32
+    scores, ids = kernels.candidates_eager(logits, count)
+    assert scores.equal(logits.gather(-1, ids))
+    if vocabulary <= count:
+        assert ids.equal(torch.arange(vocabulary).expand(2, 3, -1))
+        return
+    for group in range(16):
+        assert scores[..., group::16].equal(logits[..., group::16].topk(2).values)
+
+
+@runs_kernels
+@pytest.mark.parametrize(("vocabulary", "count"), [(129, 128), (300, 64), (9000, 128), (4097, 32)])
+@torch.no_grad()
+def test_candidate_kernels_choose_as_their_twin(vocabulary, count):
+    network = grown("llama", vocabulary)
+    block, logits, _ = some_block(network, 2, 3)
+    logits[1, 0, : count // 2] = -torch.inf
+    ids, scores = kernels.candidates(fold_head(network), block, logits, count)
+    _, wanted = kernels.candidates_eager(logits, count)
+    assert ids.equal(wanted.int())
+    torch.testing.assert_close(scores, network.head(block[:, 1:]).gather(-1, wanted))
+    logits[...] = -torch.inf  # the first ones of equals
+    ids, _ = kernels.candidates(fold_head(network), block, logits, count)
+    assert ids.equal(torch.arange(count, dtype=torch.int32, device=DEVICE).expand(2, 2, -1))
+
+
+@runs_kernels
+@pytest.mark.parametrize("programs", [1, 8])
+@pytest.mark.parametrize(("arch", "batch", "length"), [("llama", 1, 8), ("qwen3", 3, 2), ("gemma", 2, 5)])
+@torch.no_grad()
+def test_walk_kernels_draft_as_the_eager_loop(arch, batch, length, programs, monkeypatch):
+    monkeypatch.setattr(kernels, "PROGRAMS", programs)
+    network = grown(arch, 300)
+    block, logits, first = some_block(network, batch, length)
+    drafts, confidence = kernels.draft(fold_head(network), block, logits, first, CANDIDATES)
+    wanted = propose(network, block, logits, first, SamplingParams(), None)
+    assert drafts.equal(wanted.drafts)
+    torch.testing.assert_close(confidence, wanted.confidence, rtol=1e-3, atol=1e-5)
+    # The walk has a say: without it, other drafts.
+    assert not drafts[:, 1:].equal(logits.argmax(-1))
+
+
+@runs_kernels
+@torch.no_grad()
+def test_bias_of_the_output_embedding_counts():
+    network = grown("llama", 200)
+    output = network.lm.get_output_embeddings()
+    output.bias = torch.nn.Parameter(3 * torch.randn(200, device=DEVICE))
+    block, logits, first = some_block(network, 2, 4)
+    drafts, _ = kernels.draft(fold_head(network), block, logits, first, CANDIDATES)
+    assert drafts.equal(propose(network, block, logits, first, SamplingParams(), None).drafts)
+
+
+@runs_kernels
+@torch.no_grad()
+def test_scores_that_are_no_numbers_give_tokens_all_the_same():
+    network = grown("llama", 200)
+    block, logits, first = some_block(network, 1, 4)
+    drafts, _ = kernels.draft(fold_head(network), block * torch.nan, logits * torch.nan, first, CANDIDATES)
+    assert ((drafts >= 0) & (drafts < 200)).all()
