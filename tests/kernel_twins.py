@@ -1,4 +1,7 @@
-"""Kernels against their eager twins over random shapes. Run with TRITON_INTERPRET=1 on a CPU, without it on a GPU."""
+"""Kernels against their eager twins over random shapes: `kernel_twins.py [ROUNDS]`.
+
+Run with TRITON_INTERPRET=1 on a CPU, without it on a GPU (there in several processes, if ROUNDS is more than 1).
+"""
 
 import math
 import random
@@ -106,7 +109,7 @@ def rounds(job: tuple[torch.dtype, int]) -> None:
 def main() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 6
     jobs = [(dtype, seed) for dtype in DTYPES for seed in range(count)]
-    if DEVICE.type == "cuda":  # compiling takes longer than running
+    if DEVICE.type == "cuda" and count > 1:  # compiling takes longer than running
         with get_context("spawn").Pool(12) as pool:
             pool.map(rounds, jobs, chunksize=1)
     else:

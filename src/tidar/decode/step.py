@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tidar.decode.cache import RowCache
+from tidar.decode.cache import ROUND, RowCache
 from tidar.layout import prefill_layout, step_layout
 from tidar.model.network import Network
 from tidar.model.propose import CANDIDATES, Proposal, propose
@@ -169,6 +170,8 @@ def point_masses(drafts: Tensor, count: int, vocabulary: int) -> DraftProbs:
 def prefill(network: Network, prompts: list[list[int]], rows: list[int], plan: Plan) -> State:
     """Run the prompts (token ids, none empty) of job rows `rows`; the state's first drafts are the first new tokens."""
     device, width = network.device, max(map(len, prompts))
+    if device.type == "cuda":
+        width = -(-width // ROUND) * ROUND  # libraries plan anew for every shape
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     ids = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=device)
     layout = prefill_layout(lengths, width, plan.draft_length if plan.drafting else 0)
@@ -176,7 +179,9 @@ def prefill(network: Network, prompts: list[list[int]], rows: list[int], plan: P
     state.seeds.copy_(row_seeds(plan.params.seed, torch.tensor(rows, device=device)))
     state.active.fill_(True)
     state.cache.reserve(layout.size)
-    hidden = network(ids, layout, state.cache)
+    # cuDNN's attention takes a tenth of a second to plan for a shape it has not seen.
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        hidden = network(ids, layout, state.cache)
     last = hidden[torch.arange(len(prompts), device=device), lengths - 1]
     masks = hidden[:, layout.block(0)] if plan.drafting else hidden[:, :0]
     # A prefill is a step whose only "draft", the last prompt token, stands.

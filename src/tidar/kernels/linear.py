@@ -34,18 +34,21 @@ def linear_eager(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)[None]
 
 
-def linear(x: Tensor, weight: Tensor, tiling: Tiling | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, tiling: Tiling | None = None, unrounded: bool = False) -> Tensor:
     """Partial sums [split, T, N] of x [T, K] times weight [N, K] transposed; whoever reads them adds them up.
 
-    With split 1 the result has x's dtype, else it is float32.
+    With split 1 the result has x's dtype, unless it is asked for `unrounded`; else it is float32.
     """
     tokens, inner = x.shape
     out = weight.shape[0]
     tiling = tiling or choose(tokens, out, inner)
     if tiling is None:
+        if unrounded and x.is_cuda and x.dtype != torch.float32:
+            return torch.mm(x, weight.t(), out_dtype=torch.float32)[None]
         return linear_eager(x, weight)
     first, second = tile_rows(tokens)
-    y = x.new_empty(tiling.split, tokens, out, dtype=x.dtype if tiling.split == 1 else torch.float32)
+    whole = tiling.split == 1 and not unrounded
+    y = x.new_empty(tiling.split, tokens, out, dtype=x.dtype if whole else torch.float32)
     _linear[(triton.cdiv(out, tiling.rows), tiling.split)](
         x,
         weight,

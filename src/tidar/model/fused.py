@@ -104,6 +104,15 @@ class FusedBackbone:
         _, x = self._norm(add_norm, h, partial, self.final_norm, before, slots, clean)
         return x.view(batch, slots, width)
 
+    def head(self, hidden: Tensor, output: nn.Linear) -> Tensor:
+        """Logits [..., V] of hidden [..., H], float32: rounded to bfloat16, the likeliest tokens would often tie."""
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        logits = linear(rows, output.weight, unrounded=True) if self.kernels else linear_eager(rows, output.weight)
+        logits = logits.sum(0) if len(logits) > 1 else logits[0]
+        if output.bias is not None:
+            logits = logits + output.bias
+        return logits.view(*hidden.shape[:-1], -1)
+
     def _norm(
         self,
         add_norm: Any,

@@ -69,8 +69,11 @@ class Network(nn.Module):
         return self.lm.get_input_embeddings()(ids)
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of final hidden states [..., H]."""
-        return self.lm.get_output_embeddings()(hidden)
+        """Logits [..., V] of final hidden states [..., H]; float32 where the backbone is fused."""
+        output = self.lm.get_output_embeddings()
+        if self.fused is not None and type(output) is nn.Linear:
+            return self.fused.head(hidden, output)
+        return output(hidden)
 
     def mask_vector(self) -> Tensor:
         """[H] input embedding of a mask token. Raises TidarError for a model that has none."""

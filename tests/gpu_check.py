@@ -1,0 +1,124 @@
+"""What only a GPU can show: kernels, captured steps and their speed. `make gpu-check`; under 8 minutes on one H100.
+
+Greedy output of the fast engine must be that of the reference engine: token for token in float32, and in bfloat16 up to
+places where the reference's own logits of the two tokens lie within rounding of each other.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from tidar import TidarModel
+from tidar.bench import shapes, slots
+from tidar.decode import engine
+from tidar.decode.engine import Engine, Limits
+from tidar.decode.planner import AutoPlanner
+from tidar.decode.runner import Runner
+from tidar.decode.step import Plan
+from tidar.errors import TidarError
+from tidar.model.network import Network
+from tidar.prompts import encode_prompt
+from tidar.sampling import SamplingParams
+
+HERE = Path(__file__).parent
+TIE = 0.25
+"""Two bfloat16 roundings of a logit between 16 and 32."""
+TEXTS = (
+    "Tom has 5 bags with 7 marbles each. How many marbles does he have?",
+    "Write a short story about a lighthouse keeper.",
+    "List the planets of the solar system.",
+    "Why is the sky blue?",
+)
+
+
+def decode(
+    network: Network, prompts: list[list[int]], plan: object, new: int, batch: int
+) -> tuple[list[list[int]], float]:
+    answers, forwards = {}, 0
+    for updates in Engine(network, plan).run(prompts, Limits(new, network.eos_ids), batch):
+        for update in updates:
+            answers[update.answer.row] = update.answer
+    forwards = sum(a.forwards for a in answers.values())
+    tokens = [answers[i].token_ids for i in range(len(prompts))]
+    return tokens, sum(map(len, tokens)) / forwards
+
+
+def reference(network: Network, prompts: list[list[int]], new: int) -> list[list[int]]:
+    """Plain decoding by the stock modules, eagerly."""
+    fused, network.fused, fast = network.fused, None, engine.runner_for
+    engine.runner_for = Runner
+    try:
+        return decode(network, prompts, Plan(1), new, len(prompts))[0]
+    finally:
+        network.fused, engine.runner_for = fused, fast
+
+
+@torch.inference_mode()
+def tie(network: Network, prompt: list[int], ours: list[int], theirs: list[int]) -> float:
+    """How far the reference's logits of the first two different tokens lie apart; 0 if there are none."""
+    place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
+    if place is None:
+        return 0.0 if len(ours) == len(theirs) else float("inf")
+    ids = torch.tensor([prompt + theirs[:place]], device=network.device)
+    logits = network.lm(ids).logits[0, -1].float()
+    return float((logits[theirs[place]] - logits[ours[place]]).abs())
+
+
+def check_parity(dtype: str) -> None:
+    try:
+        model = TidarModel.from_pretrained("smollm2-135m", dtype=dtype)
+        network, what = model.network, "smollm2-135m"
+        prompts = [encode_prompt(model.tokenizer, text) for text in TEXTS]
+    except TidarError:
+        network, what = shapes.build("random:smollm2-135m", True, None, dtype), "random weights"
+        prompts = [list(range(5 + i, 40 + 9 * i)) for i in range(4)]
+    wanted = reference(network, prompts, 96)
+    plans = [Plan(1), Plan(8), Plan(8, outcomes=3), Plan(16, outcomes=6), Plan(16), AutoPlanner(SamplingParams())]
+    for plan in plans:
+        for batch in (1, len(prompts)):
+            got, per_forward = decode(network, prompts, plan, 96, batch)
+            gaps = [tie(network, *row) for row in zip(prompts, got, wanted, strict=True)]
+            same = sum(a == b for a, b in zip(got, wanted, strict=True))
+            shape = f"K={plan.draft_length} outcomes={plan.blocks}" if isinstance(plan, Plan) else "auto"
+            print(
+                f"{what} {dtype} {shape} batch {batch}: {same}/{len(got)} identical, {per_forward:.2f} tokens per "
+                f"forward, largest gap where they part {max(gaps):.3f}",
+                flush=True,
+            )
+            assert max(gaps) <= (0 if dtype == "float32" else TIE), "the fast engine says something else"
+
+
+def main() -> None:
+    assert torch.cuda.is_available(), "this needs a CUDA GPU"
+    started = time.time()
+    subprocess.run([sys.executable, HERE / "kernel_twins.py", "8"], check=True)
+    if sanitizer := shutil.which("compute-sanitizer"):
+        command = [
+            sanitizer,
+            "--tool",
+            "memcheck",
+            "--error-exitcode",
+            "1",
+            sys.executable,
+            HERE / "kernel_twins.py",
+            "1",
+        ]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        print("compute-sanitizer: clean")
+    for dtype in ("float32", "bfloat16"):
+        check_parity(dtype)
+    network = shapes.build("smollm2-135m" if len(sys.argv) > 1 else "random:smollm2-135m", True, None, None)
+    for length, outcomes in slots.STEPS:
+        seconds = slots.step_seconds(network, Plan(length, outcomes=outcomes), 1024)
+        print(f"step K={length} outcomes={outcomes}: {seconds * 1e3:.3f} ms")
+    print(f"gpu check passed in {time.time() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
