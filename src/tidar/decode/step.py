@@ -25,6 +25,8 @@ Propose = Callable[[Network, Tensor, Tensor, Tensor, SamplingParams, Tensor | No
 
 
 GREEDY = SamplingParams()
+FUSED_PREFILL = 1024
+"""Longer prompts go through the stock modules, whose attention knows which keys it can skip."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,7 @@ def prefill(network: Network, prompts: list[list[int]], rows: list[int], plan: P
     state.cache.reserve(layout.size)
     # cuDNN's attention takes a tenth of a second to plan for a shape it has not seen.
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-        hidden = network(ids, layout, state.cache)
+        hidden = network(ids, layout, state.cache, fused=layout.size <= FUSED_PREFILL)
     last = hidden[torch.arange(len(prompts), device=device), lengths - 1]
     masks = hidden[:, layout.block(0)] if plan.drafting else hidden[:, :0]
     # A prefill is a step whose only "draft", the last prompt token, stands.

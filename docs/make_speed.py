@@ -1,0 +1,78 @@
+"""Write docs/speed.md from the measurements in results/: `python docs/make_speed.py`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RESULTS = HERE.parent / "results"
+GOALS = {  # draft length, outcomes -> most AR steps a step may cost, by model
+    (8, 8): {"random:qwen3-8b": 1.10, "random:qwen2.5-1.5b": 1.15},
+    (16, 6): {"random:qwen3-8b": 1.15, "random:qwen2.5-1.5b": 1.20},
+    (16, 15): {"random:qwen3-8b": 1.35, "random:qwen2.5-1.5b": 1.40},
+}
+
+
+def load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / name).read_text())
+
+
+def conditions(result: dict[str, Any]) -> str:
+    c = result["conditions"]
+    return f"{c['device']}, {c['dtype']}, torch {c['torch']}, commit {c['commit']}, {c['date']}: `{c['command']}`"
+
+
+def table(header: list[str], rows: list[list[object]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+def slots(name: str, plot: str | None) -> str:
+    result = load(name)
+    drafter = "gated drafter" if result["drafter"] else "no adapter (all-weights conversion)"
+    text = f"### {result['model'].removeprefix('random:')}, {drafter}\n\n{conditions(result)}\n\n"
+    text += (
+        f"Weights {result['weights_gb']:.2f} GB; the machine reads {result['read_bandwidth_gb_per_s']:,.0f} GB/s.\n\n"
+    )
+    if plot:
+        text += f"![Latency against tokens in one forward](../results/{plot})\n\n"
+    for curve in result["curves"]:
+        rows = []
+        for step in curve["steps"]:
+            goal = GOALS.get((step["draft_length"], step["outcomes"]), {}).get(result["model"], "")
+            share = f"{step['share_of_bandwidth']:.0%}"
+            rows.append(
+                [step["draft_length"], step["outcomes"], step["slots"], step["ms"], step["ar_steps"], goal, share]
+            )
+        text += f"Prefix {curve['prefix']:,}:\n\n"
+        text += table(["K", "outcomes", "slots", "ms", "AR steps", "goal", "of bandwidth"], rows) + "\n"
+    return text
+
+
+def speed(name: str) -> str:
+    result = load(name)
+    text = f"{conditions(result)}\n\n![Tokens per second](../results/{name.replace('.json', '.png')})\n\n"
+    rows = []
+    for r in result["rows"]:
+        extra = [r.get(key, "") for key in ("tokens_per_forward", "ms_per_forward", "gb_per_s")]
+        same = f"{r['identical_to_ar']}/{r['prompts']}"
+        rows.append([r["set"], r["batch"], r["contestant"], f"{r['tokens_per_s']:,.0f}", *extra, same])
+    header = ["set", "batch", "contestant", "tokens/s", "tokens per forward", "ms a forward", "GB/s", "same as AR"]
+    return text + table(header, rows) + "\n"
+
+
+def main() -> None:
+    text = (HERE / "speed.in.md").read_text()
+    for line in text.splitlines():
+        if line.startswith("{slots "):
+            name, _, plot = line.removeprefix("{slots ").removesuffix("}").partition(" ")
+            text = text.replace(line, slots(name, plot or None).rstrip())
+        elif line.startswith("{speed "):
+            text = text.replace(line, speed(line.removeprefix("{speed ").removesuffix("}")).rstrip())
+    (HERE / "speed.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
