@@ -7,12 +7,14 @@ which is visible to everyone, so it needs no mask; only key tiles that reach int
 
 from two integers a token (see layout.py). The query heads of a group times the N slots are the rows of one matrix, so
 keys are read once a group, and the keys are split among programs whose partial results a second kernel merges by their
-log-sum-exp (flash-decoding).
+log-sum-exp (flash-decoding). Such a kernel lives for a few microseconds, so what it does once (indices, the first
+loads, the epilogue) weighs as much as its loop.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +24,50 @@ from tidar.kernels.launch import options, prefetch, processors, tl, triton
 from tidar.layout import Layout
 
 MOST_SPLITS = 32
-TILE, KEYS, WARPS, STAGES = 64, 64, 4, 3
+# Partial results in the query's own 16 bits where rows are many: 2.7e-3 from float64 instead of 2.1e-3, half the bytes.
+NARROW = True
+
+
+class Plan(NamedTuple):
+    """How a step's attention is cut.
+
+    Attributes:
+        tile: rows a program.
+        keys: keys a tile.
+        grain: a part's keys are a multiple of this.
+        stages: key tiles in flight.
+        splits: parts of the keys.
+        early: whether a program holds its first key tile in registers before it waits for the kernel before it.
+    """
+
+    tile: int
+    keys: int
+    grain: int
+    stages: int
+    splits: int
+    early: bool
+
+
+def plan_for(rows: int, pairs: int, capacity: int, width: int, sms: int) -> Plan:
+    """The cut for `rows` rows a KV head, `pairs` (row of the batch, KV head) and a GPU of `sms` multiprocessors.
+
+    It knows the cache's capacity and not the prefix, so that a captured graph fits every prefix length; the numbers
+    were measured on an H100 with the cache half full. `width` is the bytes of an element.
+    """
+    tile = min(64, max(16, 1 << (rows - 1).bit_length()))
+    programs = pairs * -(-rows // tile)
+    keys = 64 if width < 4 else 32
+    if tile < 64:
+        # Nothing but latency: small parts, each a single tile until the cache is two thirds full.
+        splits = min(2 * sms // programs, -(-capacity // 96), MOST_SPLITS)
+        return Plan(tile, keys, 16, 2, max(splits, 1), True)
+    # A program a multiprocessor, to merge little; two where each would otherwise have many tiles to work through.
+    splits = max(sms // programs, 1)
+    if capacity > 700 * splits:
+        splits = 2 * sms // programs
+    splits = max(1, min(splits, -(-capacity // keys), MOST_SPLITS))
+    early = capacity <= 256 * splits
+    return Plan(tile, keys, keys, 2 if early or width == 4 else 3, splits, early)
 
 
 def step_attention_eager(query: Tensor, keys: Tensor, values: Tensor, layout: Layout, scale: float) -> Tensor:
@@ -41,26 +86,25 @@ def step_attention(query: Tensor, keys: Tensor, values: Tensor, layout: Layout, 
         query: [B, N, H, D], contiguous, rotated.
         keys, values: [B, H_kv, capacity, D]; slot s of row b holds its token s, for s < layout.prefix[b] + N.
         layout: the step's layout, with the prefix lengths.
-        scale: factor of the scores, usually 1 / sqrt(D).
+        scale: factor of the scores, positive, usually 1 / sqrt(D).
 
     Returns:
         [B, N, H, D] in query's dtype.
     """
     batch, slots, heads, dim = query.shape
-    kv_heads = keys.shape[1]
-    groups = heads // kv_heads
+    kv_heads, capacity = keys.shape[1:3]
+    groups, pairs = heads // kv_heads, batch * kv_heads
     rows = groups * slots
-    tile = min(TILE, max(16, triton.next_power_of_2(rows)))
-    tiles = triton.cdiv(rows, tile)
-    # Static, so that a captured graph fits every prefix length: about a program a processor, none below 64 keys.
-    room = max(1, triton.cdiv(keys.shape[2], 64))
-    wanted = processors(query.device) * 4 // (3 * batch * kv_heads * tiles)
-    splits = 1 << max(0, min(MOST_SPLITS, room, wanted).bit_length() - 1)
+    plan = plan_for(rows, pairs, capacity, query.element_size(), processors(query.device))
+    splits, merged_rows = plan.splits, 4 if plan.tile == 64 else 1
     out = torch.empty_like(query)
-    partial = query.new_empty(batch * kv_heads, splits, rows, dim, dtype=torch.float32) if splits > 1 else out
-    lse = query.new_empty(batch * kv_heads, splits, rows, dtype=torch.float32) if splits > 1 else partial
-    shape = {"G": groups, "HKV": kv_heads, "D": dim, "DP": triton.next_power_of_2(dim), "SPLITS": splits}
-    _split[(tiles, batch * kv_heads, splits)](
+    partial, lse = out, out
+    if splits > 1:
+        kind = query.dtype if NARROW and plan.tile == 64 else torch.float32
+        partial = query.new_empty(pairs, splits, rows, dim, dtype=kind)
+        lse = query.new_empty(pairs, splits, rows, dtype=torch.float32)
+    shape = {"G": groups, "HKV": kv_heads, "D": dim, "DP": triton.next_power_of_2(dim), "GRAIN": plan.grain}
+    _split[(triton.cdiv(rows, plan.tile), pairs, splits)](
         query,
         keys,
         values,
@@ -70,26 +114,63 @@ def step_attention(query: Tensor, keys: Tensor, values: Tensor, layout: Layout, 
         partial,
         lse,
         slots,
+        splits,
         scale * math.log2(math.e),
         layout.enter.stride(0),
         keys.stride(0),
         keys.stride(1),
-        R=tile,
-        S=KEYS,
-        EXACT=query.dtype == torch.float32,
-        num_warps=WARPS if tile > 32 else 4,
-        num_stages=STAGES,
+        WHOLE=splits == 1,
+        EARLY=plan.early,
+        R=plan.tile,
+        S=plan.keys,
+        STAGES=plan.stages,
+        num_warps=4,
         **shape,
         **options(query.device),
     )
     if splits > 1:
-        _merge[(batch * slots, heads)](partial, lse, out, slots, num_warps=1, **shape, **options(query.device))
+        _merge[(triton.cdiv(rows, merged_rows), pairs)](
+            partial,
+            lse,
+            out,
+            layout.prefix,
+            slots,
+            R=merged_rows,
+            SPLITS=splits,
+            num_warps=4,
+            **shape,
+            **options(query.device),
+        )
     return out
 
 
 if triton is not None:
 
     @triton.jit
+    def _bounds(enter, exit, s, length, end):
+        """The nodes that see the keys at `s`, as an interval: all of them for a cached key, none from `end` on."""
+        own = s - length
+        known = (own >= 0) & (s < end)
+        opens = tl.load(enter + own, mask=known, other=0).to(tl.int32)
+        closes = tl.load(exit + own, mask=known, other=0).to(tl.int32)
+        return opens, tl.where(s < tl.minimum(length, end), 0x7FFFFFFF, closes)
+
+    @triton.jit
+    def _visible(score, opens, closes, node):
+        """Scores of the keys that a row sees, minus infinity elsewhere."""
+        return tl.where((opens[None, :] <= node[:, None]) & (node[:, None] < closes[None, :]), score, float("-inf"))
+
+    @triton.jit
+    def _fold(score, value, peak, total, acc, scale):
+        """Add a tile of keys to the running softmax: its maximum, its sum, its weighted values."""
+        top = tl.maximum(peak, tl.max(score, 1) * scale)
+        base = tl.where(top == float("-inf"), 0.0, top)
+        weight = tl.exp2(score * scale - base[:, None])
+        keep = tl.exp2(peak - base)
+        acc = tl.dot(weight.to(value.dtype), value, acc * keep[:, None], input_precision="ieee")
+        return top, total * keep + tl.sum(weight, 1), acc
+
+    @triton.jit(do_not_specialize=["slots", "splits", "stride_node"])
     def _split(
         q,
         keys,
@@ -100,131 +181,143 @@ if triton is not None:
         partial,
         lse,
         slots,
+        splits,
         scale,
         stride_node,
         stride_row,
         stride_head,
+        WHOLE: tl.constexpr,
+        EARLY: tl.constexpr,
         R: tl.constexpr,
         S: tl.constexpr,
-        EXACT: tl.constexpr,
+        STAGES: tl.constexpr,
         G: tl.constexpr,
         HKV: tl.constexpr,
         D: tl.constexpr,
         DP: tl.constexpr,
-        SPLITS: tl.constexpr,
+        GRAIN: tl.constexpr,
         PDL: tl.constexpr,
     ):
-        """One tile of rows (row = group * slots + slot) over one part of a row's keys."""
-        head_of_row = tl.program_id(1)
-        b, h = head_of_row // HKV, head_of_row % HKV
+        """One tile of rows (row = slot * group size + head in the group) over one part of a row's keys."""
+        pair, part = tl.program_id(1), tl.program_id(2)
+        b, h = pair // HKV, pair % HKV
         if PDL:
             tl.extra.cuda.gdc_launch_dependents()
+        # Divided by a constant: dividing by `slots` would cost more instructions than a tile of keys.
         rows = tl.program_id(0) * R + tl.arange(0, R)
+        slot, group = rows // G, rows % G
         real = rows < G * slots
-        slot, group = rows % slots, rows // slots
-        d = tl.arange(0, DP)
+        s, d = tl.arange(0, S), tl.arange(0, DP)
+        place = s[:, None] * D + d[None, :]
         length = tl.load(prefix + b).to(tl.int32)
-        total = length + slots
-        share = tl.cdiv(tl.cdiv(total, S), SPLITS) * S
-        begin = tl.program_id(2) * share
-        end = tl.minimum(begin + share, total)
-        unmasked = tl.minimum(tl.maximum(length // S * S, begin), end)
+        share = tl.cdiv(tl.cdiv(length + slots, GRAIN), splits) * GRAIN
+        begin = tl.minimum(part * share, length + slots)
+        end = tl.minimum(begin + share, length + slots)
+        old = tl.minimum(length, end)
         base = b.to(tl.int64) * stride_row + h.to(tl.int64) * stride_head
-        k_base, v_base = keys + base, values + base
-        node = tl.load(enter + b * stride_node + slot, mask=real, other=0)
-        if PDL:
-            # The prefix was there before this step.
+        keys += base
+        values += base
+        enter += b * stride_node
+        exit += b * stride_node
+        node = tl.load(enter + slot, mask=real, other=0).to(tl.int32)
+        # The prefix was there before this step: it needs no waiting.
+        if EARLY:
+            cached = (begin + s < old)[:, None] & (d[None, :] < D)
+            key = tl.load(keys + begin * D + place, mask=cached, other=0.0)
+            value = tl.load(values + begin * D + place, mask=cached, other=0.0)
+            opens, closes = _bounds(enter, exit, begin + s, length, end)
+        elif PDL:
             lines: tl.constexpr = (DP + 63) // 64
             line = tl.arange(0, lines) * 64
-            first = (begin + tl.arange(0, S))[:, None].to(tl.int64) * D + line[None, :]
-            cached = ((begin + tl.arange(0, S)) < unmasked)[:, None] & (line < D)[None, :]
-            prefetch(k_base + first, cached, k_base)
-            prefetch(v_base + first, cached, v_base)
-            tl.extra.cuda.gdc_wait()
+            for at in range(begin, tl.minimum(old, begin + 2 * S), S):
+                near = at * D + s[:, None] * D + line[None, :]
+                cached = (at + s < old)[:, None] & (line < D)[None, :]
+                prefetch(keys + near, cached, keys)
+                prefetch(values + near, cached, values)
         at_q = ((b * slots + slot) * (HKV * G) + h * G + group)[:, None] * D + d[None, :]
-        tile = tl.load(q + at_q, mask=real[:, None] & (d[None, :] < D), other=0.0)
-        peak = tl.full((R,), float("-inf"), tl.float32)
-        total_weight = tl.zeros((R,), tl.float32)
-        acc = tl.zeros((R, DP), tl.float32)
-        for at in range(begin, unmasked, S):
-            s = at + tl.arange(0, S)
-            place = s[:, None].to(tl.int64) * D + d[None, :]
-            key = tl.load(k_base + place, mask=d[None, :] < D, other=0.0)
-            value = tl.load(v_base + place, mask=d[None, :] < D, other=0.0)
-            if EXACT:
-                score = tl.dot(tile, tl.trans(key), input_precision="ieee") * scale
-            else:
-                score = tl.dot(tile, tl.trans(key)) * scale
-            top = tl.maximum(peak, tl.max(score, 1))
-            weight = tl.exp2(score - top[:, None])
-            keep = tl.exp2(peak - top)
-            total_weight = total_weight * keep + tl.sum(weight, 1)
-            if EXACT:
-                acc = acc * keep[:, None] + tl.dot(weight, value, input_precision="ieee")
-            else:
-                acc = acc * keep[:, None] + tl.dot(weight.to(value.dtype), value)
-            peak = top
-        for at in range(unmasked, end, S):
-            s = at + tl.arange(0, S)
-            place = s[:, None].to(tl.int64) * D + d[None, :]
-            inside = (s < total)[:, None] & (d[None, :] < D)
-            key = tl.load(k_base + place, mask=inside, other=0.0)
-            value = tl.load(v_base + place, mask=inside, other=0.0)
-            if EXACT:
-                score = tl.dot(tile, tl.trans(key), input_precision="ieee") * scale
-            else:
-                score = tl.dot(tile, tl.trans(key)) * scale
-            own = s - length
-            known = (own >= 0) & (own < slots)
-            opens = tl.load(enter + b * stride_node + own, mask=known, other=0)
-            closes = tl.load(exit + b * stride_node + own, mask=known, other=0)
-            descends = (opens[None, :] <= node[:, None]) & (node[:, None] < closes[None, :])
-            score = tl.where((own < 0)[None, :] | (known[None, :] & descends), score, float("-inf"))
-            top = tl.maximum(peak, tl.max(score, 1))
-            safe = tl.where(top == float("-inf"), 0.0, top)
-            weight = tl.exp2(score - safe[:, None])
-            keep = tl.exp2(peak - safe)
-            total_weight = total_weight * keep + tl.sum(weight, 1)
-            if EXACT:
-                acc = acc * keep[:, None] + tl.dot(weight, value, input_precision="ieee")
-            else:
-                acc = acc * keep[:, None] + tl.dot(weight.to(value.dtype), value)
-            peak = top
-        acc = acc / tl.where(total_weight == 0, 1.0, total_weight)[:, None]
         fits = real[:, None] & (d[None, :] < D)
-        if SPLITS == 1:
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        tile = tl.load(q + at_q, mask=fits, other=0.0)
+        peak = tl.full((R,), float("-inf"), tl.float32)
+        total = tl.zeros((R,), tl.float32)
+        acc = tl.zeros((R, DP), tl.float32)
+        if EARLY:
+            fresh = ((begin + s >= length) & (begin + s < end))[:, None] & (d[None, :] < D)
+            key = tl.load(keys + begin * D + place, mask=fresh, other=key)
+            value = tl.load(values + begin * D + place, mask=fresh, other=value)
+            score = tl.dot(tile, tl.trans(key), input_precision="ieee")
+            peak, total, acc = _fold(_visible(score, opens, closes, node), value, peak, total, acc, scale)
+            begin += S
+        if begin < end:
+            for at in tl.range(begin, end, S, num_stages=STAGES):
+                inside = (at + s < end)[:, None] & (d[None, :] < D)
+                key = tl.load(keys + at * D + place, mask=inside, other=0.0)
+                value = tl.load(values + at * D + place, mask=inside, other=0.0)
+                score = tl.dot(tile, tl.trans(key), input_precision="ieee")
+                # Inside the one loop, so that these tiles are loaded ahead like all others.
+                if at + S > old:
+                    opens, closes = _bounds(enter, exit, at + s, length, end)
+                    score = _visible(score, opens, closes, node)
+                peak, total, acc = _fold(score, value, peak, total, acc, scale)
+        acc = acc * (1.0 / tl.where(total == 0, 1.0, total))[:, None]
+        if WHOLE:
             tl.store(partial + at_q, acc.to(partial.dtype.element_ty), mask=fits)
         else:
-            row = (head_of_row * SPLITS + tl.program_id(2)) * (G * slots) + rows
-            tl.store(partial + row[:, None].to(tl.int64) * D + d[None, :], acc, mask=fits)
-            tl.store(lse + row, tl.where(total_weight == 0, float("-inf"), peak + tl.log2(total_weight)), mask=real)
+            # A part without keys writes nothing: the merge knows how many parts there are.
+            filled = rows < tl.where(part * share < length + slots, G * slots, 0)
+            first = (pair * splits + part).to(tl.int64) * (G * slots)
+            at_part = first * D + (rows[:, None] * D + d[None, :])
+            tl.store(partial + at_part, acc.to(partial.dtype.element_ty), mask=filled[:, None] & (d[None, :] < D))
+            tl.store(lse + first + rows, tl.where(total == 0, float("-inf"), peak + tl.log2(total)), mask=filled)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["slots"])
     def _merge(
         partial,
         lse,
         out,
+        prefix,
         slots,
+        R: tl.constexpr,
+        SPLITS: tl.constexpr,
         G: tl.constexpr,
         HKV: tl.constexpr,
         D: tl.constexpr,
         DP: tl.constexpr,
-        SPLITS: tl.constexpr,
+        GRAIN: tl.constexpr,
         PDL: tl.constexpr,
     ):
-        """One slot's one head: the parts weighted by what each part's keys weigh."""
-        token, head = tl.program_id(0), tl.program_id(1)
-        b, slot = token // slots, token % slots
-        h, group = head // G, head % G
+        """A few rows: the parts weighted by what each part's keys weigh."""
+        pair = tl.program_id(1)
+        b, h = pair // HKV, pair % HKV
         if PDL:
             tl.extra.cuda.gdc_launch_dependents()
-            tl.extra.cuda.gdc_wait()
-        part = tl.arange(0, SPLITS)
-        row = ((b * HKV + h) * SPLITS + part) * (G * slots) + group * slots + slot
-        weight = tl.load(lse + row)
-        weight = tl.exp2(weight - tl.max(weight, 0))
+        rows = tl.program_id(0) * R + tl.arange(0, R)
+        slot, group = rows // G, rows % G
+        real = rows < G * slots
         d = tl.arange(0, DP)
-        parts = tl.load(partial + row[:, None].to(tl.int64) * D + d[None, :], mask=d[None, :] < D, other=0.0)
-        # A part without keys has weight zero.
-        merged = tl.sum(parts * weight[:, None], 0) / tl.sum(weight, 0)
-        tl.store(out + (token * (HKV * G) + head) * D + d, merged.to(out.dtype.element_ty), mask=d < D)
+        grains = tl.cdiv(tl.load(prefix + b).to(tl.int32) + slots, GRAIN)
+        used = tl.cdiv(grains, tl.cdiv(grains, SPLITS))
+        step = G * slots
+        first = pair.to(tl.int64) * SPLITS * step
+        lse += first + rows
+        partial += first * D + (rows[:, None] * D + d[None, :])
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        # Unrolled, and the weights read twice: all loads are then in flight together.
+        top = tl.full((R,), float("-inf"), tl.float32)
+        for part in tl.static_range(SPLITS):
+            filled = rows < tl.where(used > part, step, 0)
+            top = tl.maximum(top, tl.load(lse + part * step, mask=filled, other=float("-inf")))
+        top = tl.where(real, top, 0.0)
+        total = tl.zeros((R,), tl.float32)
+        acc = tl.zeros((R, DP), tl.float32)
+        for part in tl.static_range(SPLITS):
+            filled = rows < tl.where(used > part, step, 0)
+            weight = tl.exp2(tl.load(lse + part * step, mask=filled, other=float("-inf")) - top)
+            values = tl.load(partial + part * step * D, mask=filled[:, None] & (d[None, :] < D), other=0.0)
+            total += weight
+            acc += weight[:, None] * values.to(tl.float32)
+        merged = acc * (1.0 / tl.where(real, total, 1.0))[:, None]
+        at = ((b * slots + slot) * (HKV * G) + h * G + group)[:, None] * D + d[None, :]
+        tl.store(out + at, merged.to(out.dtype.element_ty), mask=real[:, None] & (d[None, :] < D))
