@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -70,7 +71,10 @@ def tie(network: Network, prompt: list[int], ours: list[int], theirs: list[int])
     return float((logits[theirs[place]] - logits[ours[place]]).abs())
 
 
-def check_parity(dtype: str) -> None:
+PLANS = (Plan(1), Plan(8), Plan(8, outcomes=3), Plan(16, outcomes=6), Plan(16), AutoPlanner(SamplingParams()))
+
+
+def check_parity(dtype: str, plans: Sequence[Plan | AutoPlanner] = PLANS) -> None:
     try:
         model = TidarModel.from_pretrained("smollm2-135m", dtype=dtype)
         network, what = model.network, "smollm2-135m"
@@ -79,7 +83,6 @@ def check_parity(dtype: str) -> None:
         network, what = shapes.build("random:smollm2-135m", True, None, dtype), "random weights"
         prompts = [list(range(5 + i, 40 + 9 * i)) for i in range(4)]
     wanted = reference(network, prompts, 96)
-    plans = [Plan(1), Plan(8), Plan(8, outcomes=3), Plan(16, outcomes=6), Plan(16), AutoPlanner(SamplingParams())]
     for plan in plans:
         for batch in (1, len(prompts)):
             got, per_forward = decode(network, prompts, plan, 96, batch)
