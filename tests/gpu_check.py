@@ -99,6 +99,7 @@ def check_parity(dtype: str, plans: Sequence[Plan | AutoPlanner] = PLANS) -> Non
 
 def main() -> None:
     assert torch.cuda.is_available(), "this needs a CUDA GPU"
+    torch.set_float32_matmul_precision("highest")  # float32 parity means float32, whatever the environment says
     started = time.time()
     subprocess.run([sys.executable, HERE / "kernel_twins.py", "8"], check=True)
     if sanitizer := shutil.which("compute-sanitizer"):
