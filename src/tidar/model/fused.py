@@ -119,13 +119,18 @@ class FusedBackbone:
 
 def fuse(backbone: Any) -> FusedBackbone | None:
     """The fused twin of `backbone`, or None if it is not built like a Llama. Stock weights become views, in place."""
-    names = {name for name, _ in backbone.named_children()}
-    if names != {"embed_tokens", "layers", "norm", "rotary_emb"} or not all(map(_llama_like, backbone.layers)):
+    if not fusable(backbone):
         return None
     eps = backbone.norm.variance_epsilon
     return FusedBackbone(
         [_fuse_layer(layer) for layer in backbone.layers], backbone.norm.weight, eps, backbone.rotary_emb
     )
+
+
+def fusable(backbone: Any) -> bool:
+    """Whether `backbone` is built like a Llama."""
+    names = {name for name, _ in backbone.named_children()}
+    return names == {"embed_tokens", "layers", "norm", "rotary_emb"} and all(map(_llama_like, backbone.layers))
 
 
 def _llama_like(layer: Any) -> bool:
@@ -167,6 +172,7 @@ def _fuse_layer(layer: Any) -> FusedLayer:
     return FusedLayer(qkv, out, gate_up, down, heads, attn.scaling, *norms)
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def _fuse(linears: list[nn.Linear]) -> Projection:
     """Stack the layers' weights, then their LoRA A; B becomes one block-diagonal matrix."""
@@ -180,7 +186,7 @@ def _fuse(linears: list[nn.Linear]) -> Projection:
     for index, x in enumerate(linears):
         end = start + x.out_features
         stacked[start:end] = x.weight
-        x.weight = nn.Parameter(stacked[start:end], requires_grad=x.weight.requires_grad)
+        x.weight.data = stacked[start:end]  # the same Parameter, which an optimizer may hold
         if isinstance(x, GatedLinear):
             at = slice(rank * index, rank * (index + 1))
             stacked[width:][at] = x.lora_A.weight
