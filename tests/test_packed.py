@@ -94,6 +94,17 @@ def test_the_engine_decodes_with_it(arch):
     assert isinstance(network.fused, PackedBackbone)
 
 
+@pytest.mark.parametrize("arch", ["ernie4_5", "helium", "glm", "smollm3"])
+def test_models_that_only_look_like_a_llama_keep_their_stock_modules(arch):
+    """Theirs rotate neighbours, or half of each head, or only in some layers."""
+    lm = tiny_lm(arch)
+    if arch == "smollm3":
+        lm.model.layers[1].self_attn.use_rope = 0
+    network = Network(lm).eval()
+    runner_for(network)
+    assert network.fused is None
+
+
 @pytest.mark.parametrize("arch", ["gemma", "gpt_neox"])
 def test_other_architectures_keep_their_stock_modules(arch):
     network = tiny_network(arch)

@@ -130,7 +130,10 @@ def fuse(backbone: Any) -> FusedBackbone | None:
 def fusable(backbone: Any) -> bool:
     """Whether `backbone` is built like a Llama."""
     names = {name for name, _ in backbone.named_children()}
-    return names == {"embed_tokens", "layers", "norm", "rotary_emb"} and all(map(_llama_like, backbone.layers))
+    if names != {"embed_tokens", "layers", "norm", "rotary_emb"} or not all(map(_llama_like, backbone.layers)):
+        return False
+    turned = getattr(backbone.rotary_emb, "inv_freq", torch.empty(0))
+    return all(2 * len(turned) == layer.self_attn.head_dim for layer in backbone.layers)
 
 
 def _llama_like(layer: Any) -> bool:
@@ -150,6 +153,7 @@ def _llama_like(layer: Any) -> bool:
         and type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
         and mlp.down_proj.bias is None
         and mlp.gate_proj.bias is None
+        and getattr(attn, "use_rope", True)  # SmolLM3 leaves it away in some layers
     )
 
 

@@ -202,7 +202,8 @@ class PackedBackbone:
 
     def _turn(self, embedded: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [T, 1, 2, D / 2] of the rotary embedding; a half turns by cos * itself + sin * the other half."""
-        cos, sin = (x[0].unflatten(1, (2, -1))[:, None] for x in self.rotary_emb(embedded, position.T.reshape(1, -1)))
+        turn = self.rotary_emb(embedded, position.T.reshape(1, -1))
+        cos, sin = (x[0].to(embedded.dtype).unflatten(1, (2, -1))[:, None] for x in turn)
         return cos, torch.cat((-sin[:, :, :1], sin[:, :, 1:]), 2)
 
 
