@@ -74,12 +74,12 @@ def test_training_lowers_the_loss_and_the_result_loads_with_the_same_output(obje
     measure = "cross_entropy" if objective == "lossless" else "loss"
     values = [row[measure] for row in curve if measure in row]
     assert values[-1] < 0.9 * values[0]
-    again = TidarModel.from_pretrained(str(config.output), device="cpu")
+    again = TidarModel.from_pretrained(str(config.output), device="cpu", dtype="float32")
     assert again.config.objective == objective
     a, b = (m.generate("say b", max_new_tokens=30, draft_length=4) for m in (trained, again))
     assert a.token_ids == b.token_ids == again.generate("say b", max_new_tokens=30, mode="ar").token_ids
     if objective == "lossless":
-        base = TidarModel.from_pretrained(folder).hf_model.state_dict()
+        base = TidarModel.from_pretrained(folder, dtype="float32").hf_model.state_dict()
         own = trained.hf_model.state_dict()
         assert all(torch.equal(own[name], tensor) for name, tensor in base.items())
 

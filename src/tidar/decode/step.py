@@ -25,8 +25,6 @@ Propose = Callable[[Network, Tensor, Tensor, Tensor, SamplingParams, Tensor | No
 
 
 GREEDY = SamplingParams()
-FUSED_PREFILL = 1024
-"""Longer prompts go through the stock modules, whose attention knows which keys it can skip."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +181,7 @@ def prefill(network: Network, prompts: list[list[int]], rows: list[int], plan: P
     state.cache.reserve(layout.size)
     # cuDNN's attention takes a tenth of a second to plan for a shape it has not seen.
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-        hidden = network(ids, layout, state.cache, fused=layout.size <= FUSED_PREFILL)
+        hidden = network(ids, layout, state.cache, fused=True)
     last = hidden[torch.arange(len(prompts), device=device), lengths - 1]
     masks = hidden[:, layout.block(0)] if plan.drafting else hidden[:, :0]
     # A prefill is a step whose only "draft", the last prompt token, stands.
@@ -245,7 +243,8 @@ def _decide(
     drafted = state.drafted.clamp(max=judged)
     blocks = masks.unflatten(1, (-1, length))
     # One pass over the vocabulary's weights for all, where reading them is what it costs.
-    everything = plan.drafting and clean.is_cuda and len(clean) * (judged + blocks.shape[1] * (length - 1)) <= 288
+    most = 288 if clean.is_cuda else 32 if clean.dtype == torch.bfloat16 else 0
+    everything = plan.drafting and len(clean) * (judged + blocks.shape[1] * (length - 1)) <= most
     if everything:
         logits, block_logits = network.head(torch.cat((clean, blocks[:, :, 1:].flatten(1, 2)), 1)).split(
             (judged, blocks.shape[1] * (length - 1)), 1

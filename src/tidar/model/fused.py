@@ -59,6 +59,9 @@ class FusedLayer:
 class FusedBackbone:
     """Runs embedded tokens through all layers, by Triton kernels or (`kernels` False) by their eager twins."""
 
+    most_slots = 1024
+    """Longer prompts go through the stock modules, whose attention knows which keys it can skip."""
+
     def __init__(self, layers: list[FusedLayer], final_norm: Tensor, eps: float, rotary_emb: nn.Module) -> None:
         self.layers, self.final_norm, self.eps, self.rotary_emb = layers, final_norm, eps, rotary_emb
         self.kernels = available(final_norm.device)
@@ -130,13 +133,21 @@ class FusedBackbone:
 
 def fuse(backbone: Any) -> FusedBackbone | None:
     """The fused twin of `backbone`, or None if it is not built like a Llama. Stock weights become views, in place."""
-    names = {name for name, _ in backbone.named_children()}
-    if names != {"embed_tokens", "layers", "norm", "rotary_emb"} or not all(map(_llama_like, backbone.layers)):
+    if not fusable(backbone):
         return None
     eps = backbone.norm.variance_epsilon
     return FusedBackbone(
         [_fuse_layer(layer) for layer in backbone.layers], backbone.norm.weight, eps, backbone.rotary_emb
     )
+
+
+def fusable(backbone: Any) -> bool:
+    """Whether `backbone` is built like a Llama."""
+    names = {name for name, _ in backbone.named_children()}
+    if names != {"embed_tokens", "layers", "norm", "rotary_emb"} or not all(map(_llama_like, backbone.layers)):
+        return False
+    turned = getattr(backbone.rotary_emb, "inv_freq", torch.empty(0))
+    return all(2 * len(turned) == layer.self_attn.head_dim for layer in backbone.layers)
 
 
 def _llama_like(layer: Any) -> bool:
@@ -156,6 +167,7 @@ def _llama_like(layer: Any) -> bool:
         and type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
         and mlp.down_proj.bias is None
         and mlp.gate_proj.bias is None
+        and getattr(attn, "use_rope", True)  # SmolLM3 leaves it away in some layers
     )
 
 
@@ -178,6 +190,7 @@ def _fuse_layer(layer: Any) -> FusedLayer:
     return FusedLayer(qkv, out, gate_up, down, heads, attn.scaling, *norms)
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def _fuse(linears: list[nn.Linear]) -> Projection:
     """Stack the layers' weights, then their LoRA A; B becomes one block-diagonal matrix."""
@@ -191,7 +204,7 @@ def _fuse(linears: list[nn.Linear]) -> Projection:
     for index, x in enumerate(linears):
         end = start + x.out_features
         stacked[start:end] = x.weight
-        x.weight = nn.Parameter(stacked[start:end], requires_grad=x.weight.requires_grad)
+        x.weight.data = stacked[start:end]  # the same Parameter, which an optimizer may hold
         if isinstance(x, GatedLinear):
             at = slice(rank * index, rank * (index + 1))
             stacked[width:][at] = x.lora_A.weight

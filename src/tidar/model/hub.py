@@ -18,7 +18,9 @@ from tidar.errors import TidarError, first_line
 from tidar.model import attention
 from tidar.model.compat import check_config, probe
 from tidar.model.drafter import CONFIG_FILE, Drafter, StoredDrafter, read_drafter_config
+from tidar.model.fused import fusable
 from tidar.model.network import Network
+from tidar.model.packed import fast_bfloat16
 
 SHIPPED = Path(__file__).parent.parent / "drafters"
 SMOLLM2 = "smollm2-135m"
@@ -42,7 +44,8 @@ def load(name: str, *, drafter: str | None = None, device: str | None = None, dt
         name: "smollm2-135m", a drafter folder, a model folder (with or without a `drafter/` inside), or a hub id.
         drafter: a drafter folder to use instead of the one that belongs to `name`; "none" for the bare base model.
         device: torch device, default the GPU if there is one.
-        dtype: "float32", "bfloat16" or "float16"; default bfloat16 on a GPU, float32 elsewhere.
+        dtype: "float32", "bfloat16" or "float16"; default bfloat16 on a GPU, and on a CPU that computes in it where
+            this model is one that packed.py makes fast; float32 elsewhere.
 
     Raises:
         TidarError: if nothing by that name can be loaded, or the model cannot work as a TiDAR model.
@@ -57,11 +60,16 @@ def load(name: str, *, drafter: str | None = None, device: str | None = None, dt
         stored = None if drafter == "none" else _drafter_folder(drafter)
     folder = _base_folder(base)
     try:
-        lm = load_base(base, folder, precision).to(place)
+        lm = load_base(base, folder, precision)
+        stock = not fusable(lm.get_submodule(lm.base_model_prefix))
+        if stock and dtype is None and place.type == "cpu" and precision != torch.float32:
+            # Stock bfloat16 layers are slower than float32 ones on a CPU.
+            lm, precision = load_base(base, folder, torch.float32), torch.float32
     except TidarError as error:
         if base == name:
             raise
         raise TidarError(f"the base model of drafter {name} does not load: {error}") from error
+    lm = lm.to(place)
     entry = getattr(lm.config, "tidar", None)
     config = TidarConfig.from_dict(entry) if entry else None
     network = Network(lm, config=config)
@@ -120,7 +128,8 @@ def resolve_device(device: str | None) -> torch.device:
 
 def _dtype(dtype: str | None, device: torch.device) -> torch.dtype:
     if dtype is None:
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        fast = device.type == "cuda" or (device.type == "cpu" and fast_bfloat16())
+        return torch.bfloat16 if fast else torch.float32
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in known:
         raise TidarError(f"dtype is {dtype!r}, but must be one of {', '.join(known)}")

@@ -14,6 +14,7 @@ from tidar.errors import TidarError
 from tidar.layout import Layout
 from tidar.model.drafter import Drafter
 from tidar.model.fused import FusedBackbone, fuse
+from tidar.model.packed import PackedBackbone
 
 
 class Network(nn.Module):
@@ -23,14 +24,16 @@ class Network(nn.Module):
         lm: the causal LM (its `attn_implementation` must be "tidar").
         drafter: the gated drafter of a lossless conversion; None for an all-weights or a plain model.
         config: how it was converted; None for a plain causal LM, which can only decode autoregressively.
-        fused: the backbone as few large kernels (see fused.py), used by forwards over a row cache.
+        fused: the backbone as few large kernels (see fused.py; packed.py on a CPU), used by forwards over a row cache.
+        fused_from: the network's `state()` that it was built from.
         runner: captured steps, kept between runs (see decode/runner.py).
     """
 
     def __init__(self, lm: PreTrainedModel, drafter: Drafter | None = None, config: TidarConfig | None = None) -> None:
         super().__init__()
         self.lm, self.drafter, self.config = lm, drafter, config
-        self.fused: FusedBackbone | None = None
+        self.fused: FusedBackbone | PackedBackbone | None = None
+        self.fused_from: object | None = None
         self.runner: object | None = None
 
     @property
@@ -61,16 +64,25 @@ class Network(nn.Module):
     def backbone(self) -> nn.Module:
         return self.lm.get_submodule(self.lm.base_model_prefix)
 
-    def build_fused(self) -> FusedBackbone | None:
+    def build_fused(self) -> FusedBackbone | PackedBackbone | None:
         """The backbone's fused twin, where it has one. It copies the drafter: build it after training."""
-        return fuse(self.backbone)
+        fused = fuse(self.backbone)
+        if fused is None or self.device.type != "cpu":
+            return fused
+        return PackedBackbone(fused, self.lm.get_output_embeddings())
+
+    def state(self) -> list[tuple[int, int]]:
+        """Changes whenever a weight does: place in memory and version of every parameter."""
+        return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters()]
 
     def embed(self, ids: Tensor) -> Tensor:
         return self.lm.get_input_embeddings()(ids)
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of final hidden states [..., H]; float32 where the backbone is fused."""
+        """Logits [..., V] of final hidden states [..., H]; float32 where the backbone is fused on a GPU."""
         output = self.lm.get_output_embeddings()
+        if isinstance(self.fused, PackedBackbone):
+            return self.fused.head(hidden) if torch.is_inference_mode_enabled() else output(hidden)
         if self.fused is not None and type(output) is nn.Linear:
             return self.fused.head(hidden, output)
         return output(hidden)
@@ -98,7 +110,7 @@ class Network(nn.Module):
             layout: positions and visibility; its mask blocks are appended to the clean tokens.
             cache: KV cache whose slots `[prefix, prefix + N)` take this forward's keys (see decode/cache.py).
             mask: the layout's mask where the caller has it in another form; dense by default.
-            fused: take the fused backbone, if there is one; for forwards of few tokens over a row cache.
+            fused: take the fused backbone, if there is one and it does so many tokens well; needs a row cache.
 
         Returns:
             [B, N, H] final hidden states; the first `layout.clean` are the causal model's own.
@@ -112,7 +124,7 @@ class Network(nn.Module):
         if self.max_positions is not None:
             # Masks (and drafts not yet judged) may stand past the context's end; no token there is ever committed.
             position = position.clamp(max=self.max_positions - 1)
-        if self.fused is not None and fused:
+        if self.fused is not None and fused and layout.size <= self.fused.most_slots:
             return self.fused(embedded, layout, position, cache)
         if mask is None:
             mask = layout.dense_mask(None if cache is None else cache.width)  # type: ignore[attr-defined]

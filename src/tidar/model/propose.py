@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tidar.kernels.draft import Walk, candidates_eager, draft, fold
+from tidar.model.fused import FusedBackbone
 from tidar.model.network import Network
 from tidar.sampling import DraftProbs, SamplingParams, draw
 
@@ -41,9 +42,13 @@ def propose(
     """
     if params.greedy and (walk := _walk(network)) is not None:
         return Proposal(*draft(walk, block, logits, first, CANDIDATES), None)
+    head = network.drafter.sampler_head if network.drafter is not None else None
+    if params.greedy and head is None:
+        best, ids = logits.float().max(-1)
+        confidence = (best - logits.float().logsumexp(-1)).exp()
+        return Proposal(torch.cat((first[:, None], ids), 1), confidence, None)
     # The head only re-ranks: scoring a few candidates a position costs a gather instead of a pass over the vocabulary.
     scores, candidates = candidates_eager(logits, CANDIDATES)
-    head = network.drafter.sampler_head if network.drafter is not None else None
     state = torch.zeros_like(block[:, 0], dtype=torch.float32)
     output = network.lm.get_output_embeddings()
     if head is not None:
@@ -73,7 +78,7 @@ def propose(
 def _walk(network: Network) -> Walk | None:
     """The sampler head as kernels, kept with the fused backbone; None where the loop above is all there is."""
     fused = network.fused
-    if fused is None or not fused.kernels or network.vocabulary <= CANDIDATES:
+    if not isinstance(fused, FusedBackbone) or not fused.kernels or network.vocabulary <= CANDIDATES:
         return None
     if fused.walk is None:
         fused.walk = fold_head(network)
