@@ -78,7 +78,7 @@ def test_a_draft_cannot_be_longer_than_the_context(base):
 
 
 def test_the_drafter_of_a_fresh_conversion_changes_nothing_in_ar_mode(base):
-    plain, fresh = TidarModel.from_pretrained(base, device="cpu"), with_drafter(base)
+    plain, fresh = TidarModel.from_pretrained(base, device="cpu", dtype="float32"), with_drafter(base)
     options = {"mode": "ar", "max_new_tokens": 20, "temperature": 0.8}
     assert plain.generate("a", **options).token_ids == fresh.generate("a", **options).token_ids
     assert plain.hf_model.dtype == torch.float32

@@ -45,8 +45,8 @@ def propose(
     head = network.drafter.sampler_head if network.drafter is not None else None
     if params.greedy and head is None:
         best, ids = logits.float().max(-1)
-        confidence = (best - logits.float().logsumexp(-1)).exp()
-        return Proposal(torch.cat((first[:, None], ids), 1), confidence, None)
+        sure = (best - logits.float().logsumexp(-1)).exp()
+        return Proposal(torch.cat((first[:, None], ids), 1), sure, None)
     # The head only re-ranks: scoring a few candidates a position costs a gather instead of a pass over the vocabulary.
     scores, candidates = candidates_eager(logits, CANDIDATES)
     state = torch.zeros_like(block[:, 0], dtype=torch.float32)
