@@ -13,7 +13,8 @@ from chi_square import assert_drawn_from
 from tidar import TidarModel
 from tidar.config import TidarConfig
 from tidar.decode.engine import Answer, Engine, Limits
-from tidar.decode.step import Plan, Propose
+from tidar.decode.runner import Pending, Runner, pack
+from tidar.decode.step import Plan, Propose, step
 from tidar.layout import chain_layout, prefill_layout
 from tidar.model.network import Network
 from tidar.model.propose import Proposal
@@ -183,6 +184,37 @@ def test_greedy_output_does_not_depend_on_how_it_is_batched(data):
 
 def until(tokens: list[int], eos: int | None) -> list[int]:
     return tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
+
+
+class Late(Runner):
+    """Reads tokens back `lag` steps late and compacts to powers of two, as the engine does on a GPU."""
+
+    def __init__(self, network: Network, lag: int) -> None:
+        super().__init__(network)
+        self.lag = lag
+
+    def batch_for(self, rows: int) -> int:
+        return 1 << (rows - 1).bit_length()
+
+    def step(self, plan: Plan, rows: int, longest: int) -> Pending:
+        return Pending(pack(step(self.network, self.state.first(rows), plan)))
+
+
+@settings(max_examples=25)
+@given(st.data())
+def test_greedy_output_does_not_depend_on_when_tokens_are_read_back(data):
+    rows = data.draw(st.lists(st.integers(0, len(PROMPTS) - 1), min_size=1, max_size=7))
+    eos = data.draw(st.none() | st.sampled_from(continuations("llama")[0]))
+    length, lag = data.draw(st.sampled_from([1, 3, 6])), data.draw(st.integers(0, 3))
+    propose, batch_size = proposer("spoilt oracle", "llama", length), data.draw(st.integers(1, 8))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tidar.decode.engine.runner_for", lambda network: Late(network, lag))
+        prompts = [PROMPTS[row] for row in rows]
+        late = decode(network_of("llama"), prompts, length, eos=eos, propose=propose, batch_size=batch_size)
+    assert tokens(late) == [until(continuations("llama")[row][:NEW], eos) for row in rows]
+    for answer in late:  # forwards that only the device had begun are not counted
+        assert answer.forwards == 1 + len(answer.acceptance_lengths)
+        assert answer.new_tokens == 1 + sum(answer.acceptance_lengths)
 
 
 @pytest.mark.parametrize("batch_size", [2, 3, None])

@@ -20,7 +20,7 @@ def base(tmp_path):
 
 
 def with_drafter(base):
-    model = TidarModel.from_pretrained(base, device="cpu")
+    model = TidarModel.from_pretrained(base, device="cpu", dtype="float32")
     model.network.drafter = Drafter(model.hf_model, DrafterSpec(rank=4, sampler_width=8))
     model.network.config = TidarConfig(4)
     return model

@@ -132,7 +132,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axes.plot(x, [p["roofline_ms"] for p in points], "--", color=colour, linewidth=1, alpha=0.7)
     axes.plot([], [], "--", color="grey", linewidth=1, label="roofline")
     axes.set_xscale("log", base=2)
-    axes.set_xticks(x, [str(n) for n in x], fontsize=7)
+    ticks = [1 << n for n in range(x[-1].bit_length())]
+    axes.set_xticks(ticks, [str(n) for n in ticks])
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
     axes.set_xlabel("tokens in one forward")

@@ -18,8 +18,6 @@ from tidar.errors import TidarError
 from tidar.model.network import Network
 
 FinishReason = Literal["stop", "length"]
-LAG = 1
-"""Forwards that a GPU runs ahead of the tokens that were read back."""
 REFILL = 8
 """Waiting prompts join once 1/8 of the batch is free: a prefill for every single row would cost more than it fills."""
 
@@ -142,11 +140,10 @@ class Engine:
         places = min(batch_size or len(prompts), len(prompts))
         if not places:
             return
-        plan, lag = self.planner.longest, LAG if self.network.device.type == "cuda" else 0
         self.planner.prepare(self.network, places)
-        runner = runner_for(self.network)
+        plan, runner = self.planner.longest, runner_for(self.network)
         room = max(len(prompts[row.answer.row]) + row.room for row in waiting)
-        state = runner.prepare(places, room + (lag + 2) * plan.draft_length + plan.slots, plan)
+        state = runner.prepare(places, room + (runner.lag + 2) * plan.draft_length + plan.slots, plan)
         slots: list[_Row | None] = [None] * places
         running = deque[tuple[list[_Row | None], Pending]]()
         while waiting or any(slots):
@@ -162,8 +159,8 @@ class Engine:
                 longest = max(row.length for row in slots if row is not None)
                 plan = self.planner.choose(sum(row is not None for row in slots))
                 running.append((slots, runner.step(plan, len(slots), longest)))
-            # The device is a step ahead: a row that ends is noticed one forward late, and that forward is not counted.
-            while running and (len(running) > lag or not any(slots)):
+            # A device that is a step ahead: a row that ends is noticed one forward late, and that one is not counted.
+            while running and (len(running) > runner.lag or not any(slots)):
                 updates = self._collect(*running.popleft(), limits)
                 slots = [row if row is not None and row.answer.finish_reason is None else None for row in slots]
                 if updates:

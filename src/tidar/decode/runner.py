@@ -59,6 +59,9 @@ class Gain(NamedTuple):
 class Runner:
     """Steps of one network over one state. The eager runner; see `GraphRunner` for the fast one."""
 
+    lag = 0
+    """Forwards that are under way before the first of them is read back."""
+
     def __init__(self, network: Network) -> None:
         self.network = network
         self.state: State | None = None
@@ -79,13 +82,15 @@ class Runner:
         self.state.active[: len(active)] = torch.tensor(active, device=self.state.active.device)
 
     def step(self, plan: Plan, rows: int, longest: int) -> Pending:
-        """One forward over the first `rows` rows."""
+        """One forward over the first `rows` rows; `longest` is the largest of their lengths, known as nothing lags."""
         assert self.state is not None
         return Pending(pack(step(self.network, self.state.first(rows), plan, longest)))
 
 
 class GraphRunner(Runner):
     """Every (plan, batch size) is captured once as a CUDA graph and then replayed."""
+
+    lag = 1
 
     def __init__(self, network: Network) -> None:
         super().__init__(network)
