@@ -1,0 +1,114 @@
+"""`tidar bench` measures what it says, writes it down and draws it."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from tidar.bench import machine, shapes, slots
+from tidar.cli.main import main
+from tidar.decode.step import Plan
+from tidar.errors import TidarError
+from tiny import CONTEXT, tiny_folder, tiny_network
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_folder(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["tidar", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            main()
+        captured = capsys.readouterr()
+        return exit.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+def test_slots_are_measured_written_and_drawn(run, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(slots, "STEPS", ((1, 0), (4, 2)))
+    out = tmp_path / "deep" / "slots"
+    options = ("--tokens", 4, "--tokens", 1, "--prefix", 8, "--prefix", 40, "--device", "cpu", "--dtype", "float32")
+    code, shown, _ = run("bench", "slots", "--model", folder, "--no-drafter", "--out", out, *options)
+    assert code == 0
+    assert "AR steps" in shown
+    result = json.loads(out.with_suffix(".json").read_text())
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert [curve["prefix"] for curve in result["curves"]] == [8, 40]
+    for curve in result["curves"]:
+        assert [p["tokens"] for p in curve["forward"]] == [1, 4]
+        assert [(s["draft_length"], s["outcomes"], s["slots"]) for s in curve["steps"]] == [(1, 0, 1), (4, 2, 12)]
+        assert all(p["ms"] > 0 and p["gb_per_s"] > 0 and p["roofline_ms"] > 0 for p in curve["forward"])
+        assert curve["steps"][0]["ar_steps"] == 1
+    assert {"command", "device", "dtype", "commit", "torch"} <= result["conditions"].keys()
+
+
+def test_speed_is_measured_written_and_drawn(run, folder, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "what?"}\n{"prompt": "why, and how?"}\n{"prompt": "left out"}\n')
+    options = ("--batch", 1, "--batch", 2, "--repeats", 1, "--max-new-tokens", 5, "--device", "cpu")
+    command = ("bench", "speed", "--model", folder, "--prompts", f"mine={prompts}:2", "--out", tmp_path / "speed")
+    code, shown, _ = run(*command, *options, "--dtype", "float32")
+    assert code == 0
+    assert "tokens/s" in shown
+    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+    assert {(r["contestant"], r["batch"]) for r in rows} == {
+        *(("ar", 1), ("ar", 2)),
+        *(("transformers generate", 1), ("transformers prompt lookup", 1)),
+    }
+    for row in rows:
+        assert row["set"] == "mine"
+        assert row["identical_to_ar"] == row["prompts"] == 2
+        assert row["new_tokens"] <= 10
+        assert row["tokens_per_s"] > 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("slots", "--model", "random:nothing"),
+        ("slots", "--tokens", 0),
+        ("slots", "--prefix", CONTEXT),
+        ("speed", "--prompts", "no-equals-sign"),
+        ("speed", "--prompts", "a=b.jsonl", "--repeats", 0),
+    ],
+)
+def test_impossible_measurements_are_refused_in_one_line(options, run, folder, tmp_path):
+    kind, *rest = options
+    model = () if "--model" in rest else ("--model", folder)
+    code, _, err = run("bench", kind, *model, *rest, "--out", tmp_path / "x", "--device", "cpu")
+    assert code == 2
+    assert len([line for line in err.splitlines() if line.startswith("tidar: ")]) == 1
+
+
+def test_bytes_of_a_forward_are_those_of_its_weights_and_cache():
+    network = tiny_network("llama", draft=False)
+    attention, mlp, norms = 32 * 32 * 2 + 2 * 32 * 16, 3 * 32 * 64, 2 * 32
+    head = network.lm.get_output_embeddings().weight.numel()
+    assert shapes.weight_bytes(network) == 4 * (2 * (attention + mlp + norms) + 32 + head)
+    assert shapes.cache_bytes(network, 10) == 4 * 2 * 2 * 2 * 8 * 10
+
+
+def test_random_models_have_the_shape_of_their_namesakes(monkeypatch):
+    kind, sizes = shapes.RANDOM["random:smollm2-135m"]
+    monkeypatch.setitem(shapes.RANDOM, "random:smollm2-135m", (kind, {**sizes, "num_hidden_layers": 1}))
+    for drafter in (True, False):
+        network = shapes.build("random:smollm2-135m", drafter, "cpu", "float32")
+        assert network.can_draft
+        assert (network.drafter is not None) == drafter
+        assert slots.step_seconds(network, Plan(2), 4) > 0
+    with pytest.raises(TidarError, match="there are"):
+        shapes.build("random:gpt-5", True, None, None)
+
+
+def test_median_seconds_leaves_out_the_warmup():
+    calls = []
+    seconds = machine.median_seconds(lambda: calls.append(1), torch.device("cpu"), repeats=3, warmups=2)
+    assert len(calls) == 5
+    assert 0 <= seconds < 0.1
