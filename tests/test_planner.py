@@ -59,9 +59,8 @@ def simulated(survival: list[float], length: int, outcomes: int, steps: int) -> 
 @pytest.mark.parametrize("rate", [0.3, 0.8])
 def test_expected_tokens_are_those_of_a_played_decoder(length, outcomes, rate):
     survival = [rate * 0.97**i for i in range(length - 1)]
-    assert expected_tokens(survival, length, outcomes) == pytest.approx(
-        simulated(survival, length, outcomes, 6000), rel=0.05
-    )
+    (expected,) = expected_tokens(survival, [(length, outcomes)])
+    assert expected == pytest.approx(simulated(survival, length, outcomes, 6000), rel=0.05)
 
 
 @given(st.lists(rates, min_size=7, max_size=7), st.integers(2, 8))
@@ -70,8 +69,10 @@ def test_without_pruning_the_expectation_is_a_sum_of_products(survival, length):
     for rate in survival[: length - 1]:
         product *= rate
         wanted += product
-    assert expected_tokens(survival, length, length) == pytest.approx(wanted)
-    assert expected_tokens(survival, length, 1) <= wanted + 1e-9
+    full, pruned, plain = expected_tokens(survival, [(length, length), (length, 1), (1, 0)])
+    assert full == pytest.approx(wanted)
+    assert 1 <= pruned <= wanted + 1e-9
+    assert plain == pytest.approx(1)
 
 
 def planner_with(costs: dict[tuple[int, int], float]) -> AutoPlanner:
@@ -86,7 +87,8 @@ def test_the_best_plan_is_chosen_by_brute_force(slope, rate, noise):
     costs = {shape: 1 + slope * shape[0] * (1 + shape[1]) * noise[i] for i, shape in enumerate(SHAPES)}
     planner = planner_with(costs)
     planner.acceptance.stood = [rate * tried for tried in planner.acceptance.tried]
-    speed = {shape: expected_tokens([rate] * 15, *shape) / costs[shape] for shape in SHAPES if shape[0] > 1}
+    drafting = [shape for shape in SHAPES if shape[0] > 1]
+    speed = {shape: expected_tokens([rate] * 15, [shape])[0] / costs[shape] for shape in drafting}
     best = max(speed, key=speed.get)
     chosen = planner.choose(1)
     if speed[best] > MARGIN / costs[1, 0]:

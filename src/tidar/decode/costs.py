@@ -26,6 +26,10 @@ REPEATS, PATIENCE = 7, 0.5
 """Steps timed for each plan, fewer once they took this many seconds."""
 
 
+MOST_TOKENS, MOST_TOKENS_CPU = 4096, 256
+"""Forwards of more tokens than this are not considered: their slots are not free anywhere."""
+
+
 class Costs:
     """Seconds a forward of a plan takes, for one network on its device."""
 
@@ -41,11 +45,12 @@ class Costs:
                 self.known = {}  # a broken cache is measured anew
 
     def of(self, plans: Sequence[Plan], rows: int) -> list[tuple[Plan, float]]:
-        """(plan, seconds) of those that can pay: at full acceptance the rest would still be slower than plain decoding.
+        """(plan, seconds) of those that can pay; the rest would be slower than plain decoding at full acceptance.
 
         `plans` holds the plain one.
         """
-        ordered = sorted(plans, key=lambda plan: plan.slots)
+        most = MOST_TOKENS if self.network.device.type == "cuda" else MOST_TOKENS_CPU
+        ordered = sorted((p for p in plans if not p.drafting or rows * p.slots <= most), key=lambda plan: plan.slots)
         missing = [plan for plan in ordered if _name(plan, rows) not in self.known]
         if missing:
             self._measure(ordered, rows)

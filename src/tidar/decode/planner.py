@@ -28,6 +28,8 @@ PRIOR, PRIOR_WEIGHT = 0.7, 8.0
 """Acceptance of a draft before anything was seen, and how many observations that guess is worth."""
 MEMORY = 0.98
 """Share of past observations that is kept for each new one."""
+THINK_AGAIN = 64
+"""Most forwards between two choices, each of which takes a few milliseconds; fewer while there is much to learn."""
 MARGIN = 1.03
 """Drafting must promise this much more than plain decoding: both figures have errors."""
 LOOK_AGAIN = 64
@@ -36,33 +38,39 @@ LOOK = 4
 """Forwards of such a look."""
 
 
-def expected_tokens(survival: Sequence[float], draft_length: int, outcomes: int) -> float:
-    """Tokens a forward in the long run.
+def expected_tokens(survival: Sequence[float], shapes: Sequence[tuple[int, int]]) -> list[float]:
+    """Tokens a forward in the long run, for each (draft length K, outcomes).
 
     With d drafts to judge, outcome j has probability P_d(j) (see `sampling.outcome_probabilities`), and the next d is K
     less the distance to the nearest pre-drafted outcome at or before j, or 1 if there is none. This is a Markov chain
-    over d; the result is the mean of j under its stationary distribution.
+    over d; the result is the mean of j under its stationary distribution. All shapes are computed together: the engine
+    asks between two forwards that may take half a millisecond.
 
     Args:
-        survival: probability that draft 2, 3, ... stands, given the ones before it; at least draft_length - 1 of them.
-        draft_length: K.
-        outcomes: blocks that are drafted, the likeliest ones.
+        survival: probability that draft 2, 3, ... stands, given the ones before it; one fewer than the largest K.
+        shapes: K and how many of the likeliest outcomes are drafted for.
     """
-    if draft_length == 1:
-        return 1.0
-    length = draft_length
-    drafted = torch.arange(1, length + 1)
-    chances = torch.tensor(survival[: length - 1], dtype=torch.float64).repeat(length, 1)
-    probabilities = outcome_probabilities(chances, drafted)  # [d, j]
-    chosen = likely_outcomes(chances, drafted, min(outcomes, length))
-    nearest = (chosen[:, None, :] <= drafted[None, :, None]).sum(-1) - 1  # [d, j]
-    late = drafted - chosen.gather(1, nearest.clamp(min=0))
-    following = torch.where(nearest < 0, 1, length - late)
-    moves = torch.zeros(length, length, dtype=torch.float64).scatter_add(1, following - 1, probabilities)
-    share = torch.full((length,), 1 / length, dtype=torch.float64)
-    for _ in range(64):
-        share = share @ moves
-    return float(share @ (probabilities @ drafted.double()))
+    longest = max(length for length, _ in shapes)
+    lengths = torch.tensor([length for length, _ in shapes])
+    accepted = torch.arange(1, longest + 1)  # j; and d, row by row
+    drafted = torch.minimum(accepted, lengths[:, None])
+    chances = torch.tensor(survival[: longest - 1], dtype=torch.float64).repeat(longest, 1)
+    probabilities = torch.stack([outcome_probabilities(chances, d) for d in drafted])  # [shape, d, j]
+    moves = torch.zeros_like(probabilities)
+    for index, (length, outcomes) in enumerate(shapes):
+        if length == 1:
+            moves[index, :, 0] = 1
+            continue
+        chosen = likely_outcomes(chances, drafted[index], min(outcomes, length))
+        nearest = (chosen[:, None] <= accepted[:, None]).sum(-1) - 1
+        late = accepted - chosen.gather(1, nearest.clamp(min=0))
+        following = torch.where(nearest < 0, 1, length - late).clamp(min=1)
+        moves[index].scatter_add_(1, following - 1, probabilities[index])
+    settled = moves
+    for _ in range(6):  # 64 moves from d = 1
+        settled = settled @ settled
+    share = (settled[:, :1] + settled[:, :1] @ moves) / 2  # both phases, should it swing between two
+    return (share[:, 0] * (probabilities @ accepted.double())).sum(-1).tolist()
 
 
 class Acceptance:
@@ -98,7 +106,7 @@ class AutoPlanner:
         self.remeasure = remeasure
         self.costs: dict[int, list[tuple[Plan, float]]] = {}
         self._chosen: dict[int, Plan] = {}
-        self._age = self._plain = 0
+        self._age = self._plain = self._think = 0
 
     def prepare(self, network: Network, rows: int) -> None:
         measured = Costs(network, self.remeasure)
@@ -114,8 +122,9 @@ class AutoPlanner:
 
     def choose(self, rows: int) -> Plan:
         size = 1 << max(0, rows - 1).bit_length()
-        if size not in self._chosen or self._age % 8 == 0:
+        if size not in self._chosen or self._age >= self._think:
             self._chosen = {size: self.best(size)}
+            self._think = self._age + min(max(self._age, 4), THINK_AGAIN)
         self._age += 1
         plan = self._chosen[size]
         if plan.drafting:
@@ -127,9 +136,9 @@ class AutoPlanner:
 
     def best(self, rows: int, drafting: bool = False) -> Plan:
         """The plan with the most expected tokens per second for a batch of `rows`; `drafting` leaves out the plain."""
-        survival, costs = self.acceptance.survival, self.costs[rows]
-        gains = {plan: expected_tokens(survival, plan.draft_length, plan.blocks) for plan, _ in costs}
-        rates = {plan: gains[plan] / seconds for plan, seconds in costs}
+        costs = self.costs[rows]
+        gains = expected_tokens(self.acceptance.survival, [(plan.draft_length, plan.blocks) for plan, _ in costs])
+        rates = {plan: gain / seconds for (plan, seconds), gain in zip(costs, gains, strict=True)}
         plain = next(plan for plan in rates if not plan.drafting)
         drafts = [plan for plan in rates if plan.drafting]
         if not drafts:
