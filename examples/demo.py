@@ -22,8 +22,9 @@ PROMPT = "A farmer has 12 boxes with 8 apples each. He sells 30 apples. How many
 def main() -> None:
     logging.disable_progress_bar()
     console, prompt = Console(), " ".join(sys.argv[1:]) or PROMPT
-    with console.status("loading smollm2-135m (the first time its weights are unpacked, about 20 s)"):
-        model = TidarModel.from_pretrained("smollm2-135m")
+    with console.status("loading smollm2-135m (the first time it unpacks weights and times this machine, about 40 s)"):
+        model = TidarModel.from_pretrained("smollm2-135m", dtype="float32")  # exact: no ties by rounding
+        model.generate("Hello", max_new_tokens=2)  # measures what a forward costs here
     console.print(f"[bold]{prompt}[/bold]\n", highlight=False)
     results = {"tidar": race(console, model, prompt, "tidar"), "ar": race(None, model, prompt, "ar")}
     table = Table("mode", "tokens", "forwards", "tokens per forward", "tokens/s")

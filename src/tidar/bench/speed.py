@@ -159,32 +159,39 @@ def plot(result: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     rows = result["rows"]
-    sets = list(dict.fromkeys(r["set"] for r in rows))
-    figure, axes = pyplot.subplots(2, len(sets), figsize=(5.2 * len(sets), 6.4), layout="constrained", squeeze=False)
+    sets, batches = (list(dict.fromkeys(r[key] for r in rows)) for key in ("set", "batch"))
+    panels = 2 if len(batches) > 1 else 1
+    size = (5.2 * len(sets), 0.6 + 2.8 * panels)
+    figure, axes = pyplot.subplots(panels, len(sets), figsize=size, layout="constrained", squeeze=False)
     for column, name in enumerate(sets):
-        first = min(r["batch"] for r in rows)
-        single = [r for r in rows if r["set"] == name and r["batch"] == first]
-        top = axes[0][column]
-        colours = ["C0" if r["contestant"].startswith("tidar") else "0.65" for r in single]
-        bars = top.barh([r["contestant"] for r in single], [r["tokens_per_s"] for r in single], color=colours)
-        top.bar_label(bars, [f" {r['tokens_per_s']:,.0f}" for r in single], fontsize=8)
-        top.invert_yaxis()
-        top.margins(x=0.15)
-        top.set_title(f"{name}, batch {first}", fontsize=9)
-        top.set_xlabel("tokens/s")
-        bottom = axes[1][column]
-        for label in dict.fromkeys(r["contestant"] for r in rows):
-            mine = [r for r in rows if r["set"] == name and r["contestant"] == label]
-            if len(mine) > 1:
-                bottom.plot([r["batch"] for r in mine], [r["tokens_per_s"] for r in mine], "o-", ms=4, label=label)
-        bottom.set_xscale("log", base=2)
-        bottom.set_yscale("log")
-        bottom.set_xlabel("batch")
-        bottom.set_ylabel("tokens/s")
-        bottom.grid(alpha=0.3)
-        if bottom.lines:
-            bottom.legend(fontsize=8, frameon=False)
+        mine = [r for r in rows if r["set"] == name]
+        _bars(axes[0][column], name, [r for r in mine if r["batch"] == batches[0]])
+        if panels > 1:
+            _lines(axes[1][column], mine)
     conditions = result["conditions"]
     figure.suptitle(f"{result['model']}, {conditions['device']}, {conditions['dtype']}, greedy", fontsize=10)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def _bars(axes: Any, name: str, rows: list[dict[str, Any]]) -> None:
+    colours = ["C0" if r["contestant"].startswith("tidar") else "0.65" for r in rows]
+    bars = axes.barh([r["contestant"] for r in rows], [r["tokens_per_s"] for r in rows], color=colours)
+    axes.bar_label(bars, [f" {r['tokens_per_s']:,.0f}" for r in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.set_title(f"{name}, batch {rows[0]['batch']}", fontsize=9)
+    axes.set_xlabel("tokens/s")
+
+
+def _lines(axes: Any, rows: list[dict[str, Any]]) -> None:
+    for label in dict.fromkeys(r["contestant"] for r in rows):
+        mine = [r for r in rows if r["contestant"] == label]
+        if len(mine) > 1:
+            axes.plot([r["batch"] for r in mine], [r["tokens_per_s"] for r in mine], "o-", ms=4, label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("batch")
+    axes.set_ylabel("tokens/s")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, frameon=False)
