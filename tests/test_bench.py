@@ -67,6 +67,7 @@ def test_speed_is_measured_written_and_drawn(run, folder, tmp_path):
         assert row["identical_to_ar"] == row["prompts"] == 2
         assert row["new_tokens"] <= 10
         assert row["tokens_per_s"] > 0
+        assert row["first_token_ms"] > 0
 
 
 @pytest.mark.parametrize(

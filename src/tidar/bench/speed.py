@@ -104,6 +104,8 @@ def measure(
 ) -> dict[str, Any]:
     """Every contestant on every set and batch size; medians over `repeats` passes after one to warm up.
 
+    first_token_ms is the time to the first token of a batch: a prefill, and what starting a run costs.
+
     Peers that are not ours run at the first batch size only, on the first `peer_prompts` prompts.
     """
     network = model.network
@@ -120,6 +122,7 @@ def measure(
                 part = prompts[:peer_prompts] if foreign else prompts
                 run(part[: max(batch, 2)], batch, new)
                 runs = [run(part, batch, new) for _ in range(repeats)]
+                first = statistics.median(run(part[:batch], batch, 1).seconds for _ in range(repeats))
                 tokens = sum(map(len, runs[0].answers))
                 seconds = statistics.median(r.seconds for r in runs)
                 reference = reference or runs[0].answers
@@ -130,6 +133,7 @@ def measure(
                     "prompts": len(part),
                     "tokens_per_s": round(tokens / seconds, 1),
                     "seconds": round(seconds, 3),
+                    "first_token_ms": round(first * 1e3, 2),
                     "new_tokens": tokens,
                     "identical_to_ar": sum(a == b for a, b in zip(runs[0].answers, reference, strict=False)),
                 }

@@ -79,11 +79,12 @@ def bench_speed(
     result = speed.measure(loaded, model, sets, batches, max_new_tokens, repeats, peers, peer_prompts)
     _write(result, out)
     speed.plot(result, out.with_suffix(".png"))
-    table = Table("set", "batch", "contestant", "tokens/s", "ms/forward", "tokens per forward", "GB/s", "same as AR")
+    table = Table("set", "batch", "contestant", "tokens/s", "first ms", "ms/forward", "tokens/forward", "GB/s", "= AR")
     for row in result["rows"]:
         optional = (str(row.get(key, "")) for key in ("ms_per_forward", "tokens_per_forward", "gb_per_s"))
         same = f"{row['identical_to_ar']}/{row['prompts']}"
-        table.add_row(row["set"], str(row["batch"]), row["contestant"], f"{row['tokens_per_s']:,.0f}", *optional, same)
+        times = (f"{row['tokens_per_s']:,.0f}", f"{row['first_token_ms']:.0f}")
+        table.add_row(row["set"], str(row["batch"]), row["contestant"], *times, *optional, same)
     Console().print(table)
 
 
