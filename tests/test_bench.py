@@ -56,6 +56,7 @@ def test_speed_is_measured_written_and_drawn(run, folder, tmp_path):
     code, shown, _ = run(*command, *options, "--dtype", "float32")
     assert code == 0
     assert "tokens/s" in shown
+    assert "mine, batch 2" in shown
     rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
     assert {(r["contestant"], r["batch"]) for r in rows} == {

@@ -79,13 +79,14 @@ def bench_speed(
     result = speed.measure(loaded, model, sets, batches, max_new_tokens, repeats, peers, peer_prompts)
     _write(result, out)
     speed.plot(result, out.with_suffix(".png"))
-    table = Table("set", "batch", "contestant", "tokens/s", "first ms", "ms/forward", "tokens/forward", "GB/s", "= AR")
-    for row in result["rows"]:
-        optional = (str(row.get(key, "")) for key in ("ms_per_forward", "tokens_per_forward", "gb_per_s"))
-        same = f"{row['identical_to_ar']}/{row['prompts']}"
-        times = (f"{row['tokens_per_s']:,.0f}", f"{row['first_token_ms']:.0f}")
-        table.add_row(row["set"], str(row["batch"]), row["contestant"], *times, *optional, same)
-    Console().print(table)
+    for name, size in dict.fromkeys((row["set"], row["batch"]) for row in result["rows"]):
+        mine = [row for row in result["rows"] if (row["set"], row["batch"]) == (name, size)]
+        table = Table("", "tokens/s", "first ms", "ms/forward", "tokens/forward", title=f"{name}, batch {size}")
+        for row in mine:
+            times = (f"{row['tokens_per_s']:,.0f}", f"{row['first_token_ms']:.0f}")
+            optional = (str(row.get(key, "")) for key in ("ms_per_forward", "tokens_per_forward"))
+            table.add_row(row["contestant"], *times, *optional)
+        Console().print(table)
 
 
 def read_set(text: str) -> tuple[str, list[Prompt]]:
