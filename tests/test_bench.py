@@ -32,13 +32,13 @@ def run(monkeypatch, capsys):
 
 def test_slots_are_measured_written_and_drawn(run, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(slots, "STEPS", ((1, 0), (4, 2)))
-    out = tmp_path / "deep" / "slots"
+    out = tmp_path / "deep" / "slots-1.5b"
     options = ("--tokens", 4, "--tokens", 1, "--prefix", 8, "--prefix", 40, "--device", "cpu", "--dtype", "float32")
     code, shown, _ = run("bench", "slots", "--model", folder, "--no-drafter", "--out", out, *options)
     assert code == 0
     assert "AR steps" in shown
-    result = json.loads(out.with_suffix(".json").read_text())
-    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    result = json.loads(out.with_name("slots-1.5b.json").read_text())
+    assert out.with_name("slots-1.5b.png").read_bytes().startswith(b"\x89PNG")
     assert [curve["prefix"] for curve in result["curves"]] == [8, 40]
     for curve in result["curves"]:
         assert [p["tokens"] for p in curve["forward"]] == [1, 4]
@@ -78,7 +78,9 @@ def test_speed_is_measured_written_and_drawn(run, folder, tmp_path):
         ("slots", "--tokens", 0),
         ("slots", "--prefix", CONTEXT),
         ("speed", "--prompts", "no-equals-sign"),
+        ("slots", "--model", "random:smollm2-135m", "--dtype", "float13"),
         ("speed", "--prompts", "a=b.jsonl", "--repeats", 0),
+        ("speed", "--prompts", "a=b.jsonl:0"),
     ],
 )
 def test_impossible_measurements_are_refused_in_one_line(options, run, folder, tmp_path):

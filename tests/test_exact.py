@@ -215,6 +215,22 @@ def test_greedy_output_does_not_depend_on_when_tokens_are_read_back(data):
     for answer in late:  # forwards that only the device had begun are not counted
         assert answer.forwards == 1 + len(answer.acceptance_lengths)
         assert answer.new_tokens == 1 + sum(answer.acceptance_lengths)
+        assert 0 not in answer.acceptance_lengths
+
+
+@pytest.mark.parametrize("lag", [0, 1, 2])
+@pytest.mark.parametrize("draft_length", [1, 3])
+def test_rows_that_end_in_their_prefill_do_not_disturb_those_that_take_their_places(lag, draft_length, monkeypatch):
+    monkeypatch.setattr("tidar.decode.engine.runner_for", lambda network: Late(network, lag))
+    short = 1  # the row whose first token ends the answer
+    eos = continuations("llama")[short][0]
+    for many in range(1, 5):
+        rows = [0, *[short] * many, 2, short, 3, 4]
+        prompts = [PROMPTS[row] for row in rows]
+        for new in (2, 3):
+            answers = decode(network_of("llama"), prompts, draft_length, new, eos=eos, batch_size=2)
+            assert tokens(answers) == [until(continuations("llama")[row][:new], eos) for row in rows]
+            assert all(0 not in answer.acceptance_lengths for answer in answers)
 
 
 @pytest.mark.parametrize("batch_size", [2, 3, None])

@@ -160,6 +160,8 @@ def test_costs_are_measured_once_and_kept(tmp_path, monkeypatch, capsys):
     assert json.loads(file.read_text())["network"]["model"]["model_type"] == "llama"
     file.write_text("{broken")
     assert Costs(network).known == {}
+    file.write_text(json.dumps({"seconds": {"2 x 1/0": 0, "2 x 2/1": float("nan"), "2 x 4/4": 0}}))
+    assert Costs(network).known == {"2 x 4/4": 0}
     assert Costs(network_of("qwen2")).path != file
 
 
@@ -169,3 +171,12 @@ def test_auto_decodes_what_generate_does():
     for updates in Engine(network, AutoPlanner(SamplingParams())).run(PROMPTS, Limits(30), 2):
         answers.update({u.answer.row: u.answer.token_ids for u in updates})
     assert [answers[i] for i in range(len(PROMPTS))] == [c[:30] for c in continuations("llama")]
+
+
+def test_costs_that_cannot_be_kept_are_no_error(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("tidar.decode.costs.cache_folder", lambda: tmp_path / "file" / "below")
+    costs = Costs(network_of("llama"))
+    assert costs.of([Plan(1), Plan(2, outcomes=1)], 1)
+    costs.save()
+    assert capsys.readouterr().err.count("cannot be kept") == 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tidar.config import TidarConfig
@@ -77,7 +76,7 @@ def build(name: str, drafter: bool, device: str | None, dtype: str | None) -> Ne
         return network
     kind, sizes = RANDOM[name]
     place = hub.resolve_device(device)
-    precision = getattr(torch, dtype) if dtype else torch.bfloat16 if place.type == "cuda" else torch.float32
+    precision = hub.resolve_dtype(dtype, place)
     config = AutoConfig.for_model(kind, **sizes)
     with place:
         lm = AutoModelForCausalLM.from_config(config, dtype=precision, attn_implementation=attention.NAME)

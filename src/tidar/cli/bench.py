@@ -44,7 +44,7 @@ def bench_slots(
         raise TidarError(f"{max(prefixes)} + {max(counts)} tokens exceed the model's context of {limit}")
     result = slots.measure(network, model, counts, prefixes, batch)
     _write(result, out)
-    slots.plot(result, out.with_suffix(".png"))
+    slots.plot(result, _named(out, ".png"))
     console = Console()
     for curve in result["curves"]:
         table = Table("K", "outcomes", "slots", "ms", "AR steps", "of bandwidth", title=f"prefix {curve['prefix']:,}")
@@ -78,7 +78,7 @@ def bench_speed(
     loaded = o.load(model, drafter, device, dtype)
     result = speed.measure(loaded, model, sets, batches, max_new_tokens, repeats, peers, peer_prompts)
     _write(result, out)
-    speed.plot(result, out.with_suffix(".png"))
+    speed.plot(result, _named(out, ".png"))
     for name, size in dict.fromkeys((row["set"], row["batch"]) for row in result["rows"]):
         mine = [row for row in result["rows"] if (row["set"], row["batch"]) == (name, size)]
         table = Table("", "tokens/s", "first ms", "ms/forward", "tokens/forward", title=f"{name}, batch {size}")
@@ -93,19 +93,23 @@ def read_set(text: str) -> tuple[str, list[Prompt]]:
     """NAME=FILE[:FIRST_N] as a name and its prompts."""
     name, _, rest = text.partition("=")
     file, _, limit = rest.partition(":")
-    if not file or (limit and not limit.isdigit()):
+    if not file or (limit and not (limit.isdigit() and int(limit))):
         raise TidarError(f"--prompts {text!r} is not NAME=FILE.jsonl[:FIRST_N]")
     return name, [placed.prompt for placed in read_prompts(Path(file))][: int(limit) if limit else None]
+
+
+def _named(out: Path, suffix: str) -> Path:
+    return out.with_name(out.name + suffix)  # a name may hold dots that are no suffix
 
 
 def _writable(out: Path) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_suffix(".json").touch()
+        _named(out, ".json").touch()
     except OSError as error:
         raise TidarError(f"cannot write {out.with_suffix('.json')}: {error.strerror}") from error
 
 
 def _write(result: dict[str, Any], out: Path) -> None:
-    out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    _named(out, ".json").write_text(json.dumps(result, indent=1) + "\n")
     print(f"wrote {out.with_suffix('.json')} and {out.with_suffix('.png')}", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import sys
@@ -38,11 +39,13 @@ class Costs:
         self.path = cache_folder() / "costs" / f"{_fingerprint(network)}.json"
         self.known: dict[str, float] = {}
         self.changed = False
-        if not remeasure and self.path.is_file():
+        if not remeasure:
             try:
-                self.known = {str(k): float(v) for k, v in json.loads(self.path.read_text())["seconds"].items()}
-            except (ValueError, KeyError, TypeError, AttributeError):
-                self.known = {}  # a broken cache is measured anew
+                stored = {str(k): float(v) for k, v in json.loads(self.path.read_text())["seconds"].items()}
+                # Zero stands for a plan that was not worth timing, which plain decoding ("1/0") never is.
+                self.known = {k: v for k, v in stored.items() if 0 < v < math.inf or (v == 0 and " 1/0" not in k)}
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                self.known = {}  # a broken file is measured anew
 
     def of(self, plans: Sequence[Plan], rows: int) -> list[tuple[Plan, float]]:
         """(plan, seconds) of those that can pay; the rest would be slower than plain decoding at full acceptance.
@@ -75,13 +78,17 @@ class Costs:
                 too_dear[plan.draft_length] = self.known[name] > plan.draft_length * plain
 
     def save(self) -> None:
-        """Keep what was measured."""
+        """Keep what was measured, where the cache folder can be written."""
         if not self.changed:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"network": _description(self.network), "seconds": self.known}, indent=1) + "\n"
         partial = self.path.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps({"network": _description(self.network), "seconds": self.known}, indent=1) + "\n")
-        partial.replace(self.path)  # atomic: a reader sees the old file or the new one
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(text)
+            partial.replace(self.path)  # atomic: a reader sees the old file or the new one
+        except OSError as error:
+            print(f"measured costs cannot be kept ({error}); set TIDAR_CACHE to a writable folder", file=sys.stderr)
 
 
 class _Bench:

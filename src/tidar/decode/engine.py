@@ -143,14 +143,30 @@ class Engine:
         self.planner.prepare(self.network, places)
         plan, runner = self.planner.longest, runner_for(self.network)
         room = max(len(prompts[row.answer.row]) + row.room for row in waiting)
-        state = runner.prepare(places, room + (runner.lag + 2) * plan.draft_length + plan.slots, plan)
+        runner.busy = True
+        try:
+            state = runner.prepare(places, room + (runner.lag + 2) * plan.draft_length + plan.slots, plan)
+            yield from self._loop(runner, state, waiting, places, prompts, limits)
+        finally:
+            runner.busy = False
+
+    def _loop(
+        self,
+        runner: Runner,
+        state: State,
+        waiting: deque[_Row],
+        places: int,
+        prompts: Sequence[list[int]],
+        limits: Limits,
+    ) -> Iterator[list[Update]]:
         slots: list[_Row | None] = [None] * places
         running = deque[tuple[list[_Row | None], Pending]]()
         while waiting or any(slots):
             free = [slot for slot, row in enumerate(slots) if row is None]
             if waiting and len(free) * REFILL >= places:
                 joining = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
-                yield self._admit(runner, state, free, joining, slots, prompts, limits)
+                slots = list(slots)  # a forward that is under way keeps its own
+                yield self._admit(runner, free, joining, slots, prompts, limits)
             elif not waiting:
                 slots = _compact(runner, state, slots)
             slots = [row if row is not None and row.answer.finish_reason is None else None for row in slots]
@@ -173,7 +189,6 @@ class Engine:
     def _admit(
         self,
         runner: Runner,
-        state: State,
         free: list[int],
         joining: list[_Row],
         slots: list[_Row | None],
@@ -185,7 +200,7 @@ class Engine:
         ids = [row.answer.row for row in joining]
         joined = prefill(self.network, [prompts[i] for i in ids], ids, self.planner.longest)
         taken = free[: len(joining)]
-        state.put_rows(torch.tensor(taken, device=self.network.device), joined)
+        runner.put_rows(taken, joined)
         updates = []
         for slot, row, token in zip(taken, joining, joined.drafts[:, 0].tolist(), strict=True):
             slots[slot], row.started = row, started

@@ -21,6 +21,8 @@ from tidar.model.network import Network
 
 FUSED_ERROR, FUSED_ERROR_16_BIT = 1e-3, 0.05
 """Relative difference of the median final state that rounding explains."""
+MOST_GRAPHS = 256
+"""Captured steps that are kept; a server may be asked for any number of temperatures."""
 CAPACITY = 1024
 """Cache room on a GPU comes in multiples of this, so that the next run's prompts fit as well."""
 
@@ -65,9 +67,12 @@ class Runner:
     def __init__(self, network: Network) -> None:
         self.network = network
         self.state: State | None = None
+        self.active: list[bool] = []
+        self.busy = False
 
     def prepare(self, rows: int, capacity: int, plan: Plan) -> State:
         """A state for a new run, of at least this size; no row is active."""
+        self.active = []
         self.state = State.empty(rows, capacity, plan.draft_length, self.network, not plan.params.greedy)
         return self.state
 
@@ -79,7 +84,15 @@ class Runner:
     def set_active(self, active: list[bool]) -> None:
         """Say which of the first rows run."""
         assert self.state is not None
-        self.state.active[: len(active)] = torch.tensor(active, device=self.state.active.device)
+        if active != self.active:
+            self.state.active[: len(active)] = torch.tensor(active, device=self.state.active.device)
+            self.active = list(active)
+
+    def put_rows(self, places: list[int], joined: State) -> None:
+        """Let the rows of `joined` run in `places`."""
+        assert self.state is not None
+        self.state.put_rows(torch.tensor(places, device=self.state.active.device), joined)
+        self.active = []  # they are active on the device, whatever was said last
 
     def step(self, plan: Plan, rows: int, longest: int) -> Pending:
         """One forward over the first `rows` rows; `longest` is the largest of their lengths, known as nothing lags."""
@@ -95,7 +108,6 @@ class GraphRunner(Runner):
     def __init__(self, network: Network) -> None:
         super().__init__(network)
         self.graphs: dict[tuple[Plan, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self.active: list[bool] = []
         self.pool = torch.cuda.graph_pool_handle()  # graphs never run at the same time, so they can share memory
 
     @torch.inference_mode()
@@ -111,13 +123,9 @@ class GraphRunner(Runner):
         ):
             held.active.zero_()
             return held
-        if held is not None:
-            rows, length = max(rows, len(held.drafts)), max(plan.draft_length, held.drafts.shape[1])
-        else:
-            length = plan.draft_length
-        self.graphs.clear()
-        self.pool = torch.cuda.graph_pool_handle()
-        self.state = None  # its memory first
+        length = plan.draft_length if held is None else max(plan.draft_length, held.drafts.shape[1])
+        self._forget()
+        self.state = held = None  # its memory first
         capacity = -(-capacity // CAPACITY) * CAPACITY
         self.state = State.empty(rows, capacity, length, self.network, sampled)
         step(self.network, self.state, replace(plan, draft_length=1))  # makes the cache's tensors
@@ -126,19 +134,20 @@ class GraphRunner(Runner):
     def batch_for(self, rows: int) -> int:
         return 1 << max(0, rows - 1).bit_length()
 
-    def set_active(self, active: list[bool]) -> None:
-        if active != self.active:
-            super().set_active(active)
-            self.active = active
-
     @torch.inference_mode()
     def step(self, plan: Plan, rows: int, longest: int) -> Pending:
         key = plan.key, rows
         if key not in self.graphs:
+            if len(self.graphs) >= MOST_GRAPHS:
+                self._forget()
             self.graphs[key] = self._capture(plan, rows)
         graph, result = self.graphs[key]
         graph.replay()
         return Pending(result)
+
+    def _forget(self) -> None:
+        self.graphs.clear()
+        self.pool = torch.cuda.graph_pool_handle()
 
     def _capture(self, plan: Plan, rows: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         assert self.state is not None
@@ -161,17 +170,19 @@ class GraphRunner(Runner):
 
 
 def runner_for(network: Network) -> Runner:
-    """The runner of a network: kept with it on a GPU, a new one elsewhere."""
+    """The runner of a network: kept with it on a GPU, a new one elsewhere, or while that one is in use.
+
+    Whatever was built from the network's weights is built again if they have changed.
+    """
+    if network.device.type in ("cpu", "cuda") and network.fused_from != network.state():
+        network.fused = network.runner = None
+        fuse(network)
+        network.fused_from = network.state()
     if network.device.type != "cuda":
-        if network.device.type == "cpu" and network.fused_from != network.state():
-            network.fused = None
-            fuse(network)
-            network.fused_from = network.state()
         return Runner(network)
     if not isinstance(network.runner, GraphRunner):
-        fuse(network)
         network.runner = GraphRunner(network)
-    return network.runner
+    return GraphRunner(network) if network.runner.busy else network.runner
 
 
 @torch.inference_mode()

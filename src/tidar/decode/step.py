@@ -63,8 +63,8 @@ class Plan:
 
     @property
     def key(self) -> Plan:
-        """The plan without its seed: what decides a captured step."""
-        return replace(self, params=replace(self.params, seed=0))
+        """The plan without its seed, and its outcomes counted: what decides a captured step."""
+        return replace(self, params=replace(self.params, seed=0), outcomes=self.blocks)
 
 
 class StepResult(NamedTuple):

@@ -50,7 +50,7 @@ def load(name: str, *, drafter: str | None = None, device: str | None = None, dt
     Raises:
         TidarError: if nothing by that name can be loaded, or the model cannot work as a TiDAR model.
     """
-    place, precision = resolve_device(device), _dtype(dtype, resolve_device(device))
+    place, precision = resolve_device(device), resolve_dtype(dtype, resolve_device(device))
     stored = read_drafter_config(Path(name))
     if stored is None and drafter is None:
         inside = SHIPPED / name if name == SMOLLM2 else Path(name) / "drafter"
@@ -126,7 +126,7 @@ def resolve_device(device: str | None) -> torch.device:
     return place
 
 
-def _dtype(dtype: str | None, device: torch.device) -> torch.dtype:
+def resolve_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
     if dtype is None:
         fast = device.type == "cuda" or (device.type == "cpu" and fast_bfloat16())
         return torch.bfloat16 if fast else torch.float32

@@ -83,7 +83,7 @@ class Network(nn.Module):
         output = self.lm.get_output_embeddings()
         if isinstance(self.fused, PackedBackbone):
             return self.fused.head(hidden) if torch.is_inference_mode_enabled() else output(hidden)
-        if self.fused is not None and type(output) is nn.Linear:
+        if self.fused is not None and type(output) is nn.Linear and torch.is_inference_mode_enabled():
             return self.fused.head(hidden, output)
         return output(hidden)
 
