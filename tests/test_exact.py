@@ -14,7 +14,7 @@ from tidar import TidarModel
 from tidar.config import TidarConfig
 from tidar.decode.engine import Answer, Engine, Limits
 from tidar.decode.runner import Pending, Runner, pack
-from tidar.decode.step import Plan, Propose, step
+from tidar.decode.step import Plan, Propose, prefill, step
 from tidar.layout import chain_layout, prefill_layout
 from tidar.model.network import Network
 from tidar.model.propose import Proposal
@@ -231,6 +231,17 @@ def test_rows_that_end_in_their_prefill_do_not_disturb_those_that_take_their_pla
             answers = decode(network_of("llama"), prompts, draft_length, new, eos=eos, batch_size=2)
             assert tokens(answers) == [until(continuations("llama")[row][:new], eos) for row in rows]
             assert all(0 not in answer.acceptance_lengths for answer in answers)
+
+
+def test_a_row_that_was_put_into_a_running_batch_can_be_stopped_at_once():
+    network, plan = network_of("llama"), Plan(1)
+    runner = Runner(network)
+    state = runner.prepare(1, 64, plan)
+    runner.set_active([False])
+    runner.put_rows([0], prefill(network, PROMPTS[:1], [0], plan))
+    assert state.active.all()
+    runner.set_active([False])
+    assert not state.active.any()
 
 
 @pytest.mark.parametrize("batch_size", [2, 3, None])
