@@ -146,6 +146,7 @@ class GraphRunner(Runner):
         return Pending(result)
 
     def _forget(self) -> None:
+        torch.cuda.synchronize()  # the last run's last step may still be replaying
         self.graphs.clear()
         self.pool = torch.cuda.graph_pool_handle()
 

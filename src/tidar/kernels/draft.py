@@ -216,7 +216,6 @@ def _hidden_inputs(walk: Walk, block: Tensor) -> Tensor:
         OUT=16,
         ROWS=tile,
         BLOCK=512 // block.element_size(),
-        EXACT=block.dtype == torch.float32,
         num_warps=4,
         num_stages=4,
         **options(block.device),
@@ -321,7 +320,6 @@ if triton is not None:
         OUT: tl.constexpr,
         ROWS: tl.constexpr,
         BLOCK: tl.constexpr,
-        EXACT: tl.constexpr,
         PDL: tl.constexpr,
     ):
         """weight (x / rms(x)), the rms known only at the end of the product."""
@@ -342,10 +340,7 @@ if triton is not None:
             inside = (at + column < hidden)[None, :]
             w = tl.load(w_row + (at + column)[None, :], mask=real[:, None] & inside, other=0.0)
             x = tl.load(state + (at + column)[None, :], mask=known[:, None] & inside, other=0.0)
-            if EXACT:
-                y = tl.dot(w, tl.trans(x), y, input_precision="ieee")
-            else:
-                y = tl.dot(w, tl.trans(x), y)
+            y = tl.dot(w, tl.trans(x), y, input_precision="ieee")
             squares += x.to(tl.float32) * x.to(tl.float32)
         y = y * tl.rsqrt(tl.sum(squares, 1) / hidden + EPS)[None, :]
         tl.store(inputs + row[None, :] * out + n[:, None], y, mask=known[None, :] & real[:, None])

@@ -15,9 +15,6 @@ from torch import Tensor
 
 from tidar.kernels.launch import options, prefetch, tl, triton
 
-AHEAD = 1
-"""Weight tiles a program has fetched into L2 before it waits for its input."""
-
 
 class Tiling(NamedTuple):
     """How a product is cut: weight rows a program (power of two), columns a loop step, programs that share a row."""
@@ -64,8 +61,6 @@ def linear(x: Tensor, weight: Tensor, tiling: Tiling | None = None, unrounded: b
         BK=tiling.columns,
         T1=first,
         T2=second,
-        EXACT=x.dtype == torch.float32,
-        AHEAD=AHEAD,
         num_warps=tiling.warps,
         num_stages=tiling.stages,
         **options(x.device),
@@ -115,8 +110,6 @@ if triton is not None:
         BK: tl.constexpr,
         T1: tl.constexpr,
         T2: tl.constexpr,
-        EXACT: tl.constexpr,
-        AHEAD: tl.constexpr,
         PDL: tl.constexpr,
     ):
         n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -129,9 +122,7 @@ if triton is not None:
         if PDL:
             tl.extra.cuda.gdc_launch_dependents()
             line = begin + tl.arange(0, BK // 64) * 64
-            for ahead in tl.static_range(AHEAD):
-                columns = line + ahead * BK
-                prefetch(w_row + columns[None, :], (n[:, None] < out) & (columns[None, :] < end), w)
+            prefetch(w_row + line[None, :], (n[:, None] < out) & (line[None, :] < end), w)
             tl.extra.cuda.gdc_wait()
         t1 = tl.arange(0, T1)
         first = tl.zeros((BN, T1), tl.float32)
@@ -144,16 +135,10 @@ if triton is not None:
             inside = at + k < end
             tile = tl.load(w_row + (at + k)[None, :], mask=(n[:, None] < out) & inside[None, :], other=0.0)
             rows = tl.load(x1 + (at + k)[None, :], mask=(t1[:, None] < tokens) & inside[None, :], other=0.0)
-            if EXACT:
-                first = tl.dot(tile, tl.trans(rows), first, input_precision="ieee")
-            else:
-                first = tl.dot(tile, tl.trans(rows), first)
+            first = tl.dot(tile, tl.trans(rows), first, input_precision="ieee")
             if T2:
                 rows = tl.load(x2 + (at + k)[None, :], mask=(t2[:, None] < tokens) & inside[None, :], other=0.0)
-                if EXACT:
-                    second = tl.dot(tile, tl.trans(rows), second, input_precision="ieee")
-                else:
-                    second = tl.dot(tile, tl.trans(rows), second)
+                second = tl.dot(tile, tl.trans(rows), second, input_precision="ieee")
         y += part.to(tl.int64) * tokens * out
         at1 = y + t1[None, :] * out + n[:, None]
         tl.store(at1, first.to(y.dtype.element_ty), mask=(t1[None, :] < tokens) & (n[:, None] < out))

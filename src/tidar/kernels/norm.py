@@ -130,7 +130,6 @@ def _residual_sum(
         TILE=16,
         BLOCK=128,
         BIAS=bias is not None,
-        EXACT=hidden.dtype == torch.float32,
         num_warps=4,
         **options(hidden.device),
     )
@@ -158,7 +157,6 @@ if triton is not None:
         TILE: tl.constexpr,
         BLOCK: tl.constexpr,
         BIAS: tl.constexpr,
-        EXACT: tl.constexpr,
         PDL: tl.constexpr,
     ):
         token = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
@@ -183,10 +181,7 @@ if triton is not None:
             a += tl.load(at + start + r[None, :], mask=real_a, other=0.0).to(tl.float32)
         if BIAS:
             delta += tl.load(bias + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
-        if EXACT:
-            delta = tl.dot(a, b, delta, input_precision="ieee")
-        else:
-            delta = tl.dot(a.to(kind), b, delta)
+        delta = tl.dot(a.to(kind), b, delta, input_precision="ieee")
         place = token[:, None] * width + column[None, :]
         h = tl.load(hidden + place, mask=inside, other=0.0).to(tl.float32)
         tl.store(out + place, (h + delta).to(kind), mask=inside)

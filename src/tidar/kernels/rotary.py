@@ -123,7 +123,6 @@ def rotate(
         RANK=rank,
         RP=max(16, triton.next_power_of_2(rank)),
         TILE=tile,
-        EXACT=keys.dtype == torch.float32,
         BIAS=heads.bias is not None,
         NORM=heads.q_norm is not None,
         num_warps=4 if rank else 1,
@@ -163,7 +162,6 @@ if triton is not None:
         RANK: tl.constexpr,
         RP: tl.constexpr,
         TILE: tl.constexpr,
-        EXACT: tl.constexpr,
         BIAS: tl.constexpr,
         NORM: tl.constexpr,
         PDL: tl.constexpr,
@@ -204,12 +202,8 @@ if triton is not None:
             for part in tl.static_range(SPLIT):
                 at_a = row + part * tokens * stride + start + which * RANK + r[None, :]
                 a += tl.load(at_a, mask=real_a, other=0.0).to(tl.float32)
-            if EXACT:
-                low = tl.dot(a, b_low, low, input_precision="ieee")
-                high = tl.dot(a, b_high, high, input_precision="ieee")
-            else:
-                low = tl.dot(a.to(kind), b_low, low)
-                high = tl.dot(a.to(kind), b_high, high)
+            low = tl.dot(a.to(kind), b_low, low, input_precision="ieee")
+            high = tl.dot(a.to(kind), b_high, high, input_precision="ieee")
         low = low.to(kind).to(tl.float32)
         high = high.to(kind).to(tl.float32)
         place = tl.load(lengths + b, mask=known, other=0) + slot

@@ -45,7 +45,6 @@ def swiglu(partial: Tensor, width: int, low_rank: LowRank | None, slots: int, cl
         RP=max(16, triton.next_power_of_2(rank)),
         TILE=tile,
         BLOCK=128,
-        EXACT=dtype == torch.float32,
         num_warps=4 if rank else 2 if tile > 1 else 1,
         **options(partial.device),
     )
@@ -70,7 +69,6 @@ if triton is not None:
         RP: tl.constexpr,
         TILE: tl.constexpr,
         BLOCK: tl.constexpr,
-        EXACT: tl.constexpr,
         PDL: tl.constexpr,
     ):
         """A tile of tokens by columns. RANK is that of one half: gate's A(x) comes first, then up's."""
@@ -104,12 +102,8 @@ if triton is not None:
                 at_a = row + part * tokens * stride + start + r[None, :]
                 a_gate += tl.load(at_a, mask=real_a, other=0.0).to(tl.float32)
                 a_up += tl.load(at_a + RANK, mask=real_a, other=0.0).to(tl.float32)
-            if EXACT:
-                gate = tl.dot(a_gate, b_gate, gate, input_precision="ieee")
-                up = tl.dot(a_up, b_up, up, input_precision="ieee")
-            else:
-                gate = tl.dot(a_gate.to(kind), b_gate, gate)
-                up = tl.dot(a_up.to(kind), b_up, up)
+            gate = tl.dot(a_gate.to(kind), b_gate, gate, input_precision="ieee")
+            up = tl.dot(a_up.to(kind), b_up, up, input_precision="ieee")
         gate = gate.to(kind).to(tl.float32)
         activated = (gate * tl.sigmoid(gate)).to(kind)
         tl.store(out + token[:, None] * width + column[None, :], (activated * up.to(kind)).to(kind), mask=inside)

@@ -48,7 +48,7 @@ class Conversion(nn.Module):
         super().__init__()
         assert network.config is not None
         self.network, self.weights = network, weights or LossWeights()
-        network.fused = network.runner = None  # they hold copies of what is about to change
+        network.fused = network.runner = network.fused_from = None  # they hold copies of what is about to change
         self.recompute = recompute
         self.block_size, self.objective = network.config.block_size, network.config.objective
         self.soft_terms = torch.compile(soft_cross_entropy) if compiled else soft_cross_entropy
