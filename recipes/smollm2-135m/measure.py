@@ -33,8 +33,9 @@ def main() -> None:
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0])
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--dtype")
     args = parser.parse_args()
-    model = TidarModel.from_pretrained(args.model)
+    model = TidarModel.from_pretrained(args.model, dtype=args.dtype)
     rows = []
     for name, prompts in map(read_set, args.sets):
         for temperature in args.temperatures:
