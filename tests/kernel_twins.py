@@ -44,7 +44,9 @@ def one_round(chance: random.Random, dtype: torch.dtype) -> None:
     batch, length = chance.randint(1, 3), chance.randint(1, 8)
     outcomes = sorted(chance.sample(range(1, length + 1), chance.randint(0, length)))
     prefix = torch.tensor([chance.randint(0, 150) for _ in range(batch)], device=DEVICE)
-    layout = step_layout(length, outcomes, DEVICE).after(prefix)
+    leaves = tuple(sorted((chance.randrange(length) for _ in range(chance.randint(0, 5))), reverse=True))
+    layout = step_layout(length, outcomes, DEVICE, leaves).after(prefix)
+    clean = layout.clean
     slots, kv, groups = layout.size, chance.choice((1, 2, 3)), chance.choice((1, 2, 3, 7))
     dim, capacity, split = chance.choice((64, 96, 128, 16)), 320, chance.choice((1, 2, 4))
     heads = rotary.Heads(
@@ -56,7 +58,8 @@ def one_round(chance: random.Random, dtype: torch.dtype) -> None:
     )
     keys, values = (random_tensor(batch, kv, capacity, dim, dtype=dtype) for _ in range(2))
     tokens, rank = batch * slots, chance.choice((0, 4, 20))
-    what = f"{dtype} B={batch} K={length} outcomes={outcomes} H={groups * kv}/{kv} D={dim} split={split} rank={rank}"
+    what = f"{dtype} B={batch} K={length} outcomes={outcomes} leaves={leaves} H={groups * kv}/{kv} D={dim}"
+    what += f" split={split} rank={rank}"
 
     query = random_tensor(batch, slots, groups * kv, dim, dtype=dtype)
     scale = 1 / math.sqrt(dim)
@@ -70,7 +73,7 @@ def one_round(chance: random.Random, dtype: torch.dtype) -> None:
     cos, sin = (random_tensor(batch, slots, dim // 2, dtype=dtype).repeat(1, 1, 2) for _ in range(2))
     stores = [(keys.clone(), values.clone()) for _ in range(2)]
     turned = [
-        f(partial, heads, lora, cos, sin, *store, prefix, slots, length)
+        f(partial, heads, lora, cos, sin, *store, prefix, slots, clean)
         for f, store in zip((rotary.rotate, rotary.rotate_eager), stores, strict=True)
     ]
     close(turned[0], turned[1], dtype, f"rotated queries {what}")
@@ -83,14 +86,14 @@ def one_round(chance: random.Random, dtype: torch.dtype) -> None:
     hidden, weight = random_tensor(tokens, width, dtype=dtype), random_tensor(width, dtype=dtype)
     bias = random_tensor(width, dtype=dtype) if chance.random() < 0.5 else None
     for given in (partial, None):
-        arguments = (hidden, given, weight, 1e-5, lora, slots, length, bias)
+        arguments = (hidden, given, weight, 1e-5, lora, slots, clean, bias)
         for got, expected in zip(norm.add_norm(*arguments), norm.add_norm_eager(*arguments), strict=True):
             close(got, expected, dtype, f"norm {what}")
 
     lora = low_rank([width, width], rank, dtype)
     partial = random_tensor(split, tokens, 2 * width + 2 * rank, dtype=kind)
-    got = swiglu.swiglu(partial, width, lora, slots, length, dtype)
-    close(got, swiglu.swiglu_eager(partial, width, lora, slots, length), dtype, f"swiglu {what}")
+    got = swiglu.swiglu(partial, width, lora, slots, clean, dtype)
+    close(got, swiglu.swiglu_eager(partial, width, lora, slots, clean), dtype, f"swiglu {what}")
 
     inner, out = chance.choice((40, 576, 1030)), chance.choice((33, 200))
     x, weight = random_tensor(tokens, inner, dtype=dtype), random_tensor(out, inner, dtype=dtype)

@@ -43,7 +43,7 @@ def test_slots_are_measured_written_and_drawn(run, folder, tmp_path, monkeypatch
     for curve in result["curves"]:
         assert [p["tokens"] for p in curve["forward"]] == [1, 4]
         assert [(s["draft_length"], s["outcomes"], s["slots"]) for s in curve["steps"]] == [(1, 0, 1), (4, 2, 12)]
-        assert all(p["ms"] > 0 and p["gb_per_s"] > 0 and p["roofline_ms"] > 0 for p in curve["forward"])
+        assert all(p["ms"] > 0 and p["gb_per_s"] >= 0 and p["roofline_ms"] > 0 for p in curve["forward"])
         assert curve["steps"][0]["ar_steps"] == 1
     assert {"command", "device", "dtype", "commit", "torch"} <= result["conditions"].keys()
 

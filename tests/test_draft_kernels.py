@@ -6,14 +6,17 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from tidar.kernels import draft as kernels
+from tidar.kernels.judge import Judged, decide_eager, decide_fused
 from tidar.kernels.launch import triton
 from tidar.model.network import Network
 from tidar.model.propose import CANDIDATES, fold_head, propose
 from tidar.model.sampler_head import SamplerHead
-from tidar.sampling import SamplingParams
+from tidar.sampling import Leaves, SamplingParams, accept_greedy
 from tiny import tiny_network
 
 NATIVE, INTERPRETED = torch.cuda.is_available(), os.environ.get("TRITON_INTERPRET") == "1"
@@ -82,10 +85,14 @@ def test_walk_kernels_draft_as_the_eager_loop(arch, batch, length, programs, mon
     monkeypatch.setattr(kernels, "PROGRAMS", programs)
     network = grown(arch, 300)
     block, logits, first = some_block(network, batch, length)
-    drafts, confidence = kernels.draft(fold_head(network), block, logits, first, CANDIDATES)
-    wanted = propose(network, block, logits, first, SamplingParams(), None)
-    assert drafts.equal(wanted.drafts)
-    torch.testing.assert_close(confidence, wanted.confidence, rtol=1e-3, atol=1e-5)
+    for after in (torch.full_like(first, -1), torch.arange(batch, device=DEVICE) - 1):
+        drafts, confidence, others = kernels.draft(fold_head(network), block, logits, first, after, CANDIDATES)
+        wanted = propose(network, block, logits, first, after, SamplingParams(), None)
+        assert drafts.equal(wanted.drafts)
+        unknown = torch.ones_like(confidence, dtype=torch.bool)
+        unknown[:, 0] = after < 0
+        assert others[unknown].equal(wanted.alternatives[unknown])
+        torch.testing.assert_close(confidence, wanted.confidence, rtol=1e-3, atol=1e-5)
     # The walk has a say: without it, other drafts.
     assert not drafts[:, 1:].equal(logits.argmax(-1))
 
@@ -97,8 +104,9 @@ def test_bias_of_the_output_embedding_counts():
     output = network.lm.get_output_embeddings()
     output.bias = torch.nn.Parameter(3 * torch.randn(200, device=DEVICE))
     block, logits, first = some_block(network, 2, 4)
-    drafts, _ = kernels.draft(fold_head(network), block, logits, first, CANDIDATES)
-    assert drafts.equal(propose(network, block, logits, first, SamplingParams(), None).drafts)
+    unknown = torch.full_like(first, -1)
+    drafts, *_ = kernels.draft(fold_head(network), block, logits, first, unknown, CANDIDATES)
+    assert drafts.equal(propose(network, block, logits, first, unknown, SamplingParams(), None).drafts)
 
 
 @runs_kernels
@@ -106,5 +114,54 @@ def test_bias_of_the_output_embedding_counts():
 def test_scores_that_are_no_numbers_give_tokens_all_the_same():
     network = grown("llama", 200)
     block, logits, first = some_block(network, 1, 4)
-    drafts, _ = kernels.draft(fold_head(network), block * torch.nan, logits * torch.nan, first, CANDIDATES)
+    nothing = block * torch.nan, logits * torch.nan, first, torch.full_like(first, -1)
+    drafts, *_ = kernels.draft(fold_head(network), *nothing, CANDIDATES)
     assert ((drafts >= 0) & (drafts < 200)).all()
+
+
+@runs_kernels
+@pytest.mark.parametrize(("vocabulary", "batch", "length"), [(5, 1, 2), (4096, 2, 3), (10_000, 3, 8)])
+def test_plain_drafts_are_the_likeliest_tokens(vocabulary, batch, length):
+    logits = 3 * torch.randn(batch, length - 1, vocabulary, device=DEVICE)
+    first = torch.randint(vocabulary, (batch,), device=DEVICE)
+    after = torch.arange(batch, device=DEVICE) - 1
+    got, wanted = kernels.draft_plain(logits, first, after), kernels.draft_plain_eager(logits, first, after)
+    assert got.drafts.equal(wanted.drafts)
+    assert got.alternatives.equal(wanted.alternatives)
+    torch.testing.assert_close(got.confidence, wanted.confidence)
+
+
+@runs_kernels
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_judging_kernel_decides_as_its_twin(data):
+    batch, length, slots = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 5)), 40
+    block_size = data.draw(st.integers(1, 6))
+    parents = sorted(data.draw(st.lists(st.integers(0, length - 1), max_size=6)), reverse=True)
+    count = data.draw(st.integers(0, length))
+
+    def rows(width: int, most: int, least: int = 0) -> Tensor:
+        values = [[data.draw(st.integers(least, most)) for _ in range(width)] for _ in range(batch)]
+        return torch.tensor(values, dtype=torch.long, device=DEVICE).view(batch, width)
+
+    anchors = [sorted(data.draw(st.permutations(range(length)))[:count]) for _ in range(batch)]
+    judged = Judged(
+        rows(length, 2),
+        rows(1, length, 1)[:, 0],
+        rows(1, 2, 1)[:, 0],
+        torch.tensor(anchors, dtype=torch.long, device=DEVICE).view(batch, count),
+        rows(1, 1)[:, 0].bool(),
+        slots,
+        length + len(parents),
+    )
+    leaves = None
+    if parents:
+        # Leaves of one parent are distinct.
+        tokens = [[parents[:a].count(p) for a, p in enumerate(parents)]] * batch
+        leaves = Leaves(torch.tensor(tokens, device=DEVICE), torch.tensor(parents, device=DEVICE))
+    choice = rows(length + len(parents), 2)
+    got = decide_fused(choice, leaves, judged, block_size)
+    wanted = decide_eager(accept_greedy(choice, judged.drafts, judged.drafted, leaves), judged, block_size)
+    for name in got._fields:
+        if name != "masks" or count:
+            assert getattr(got, name).equal(getattr(wanted, name)), name

@@ -13,8 +13,9 @@ from chi_square import assert_drawn_from
 from tidar import TidarModel
 from tidar.config import TidarConfig
 from tidar.decode.engine import Answer, Engine, Limits
-from tidar.decode.runner import Pending, Runner, pack
+from tidar.decode.runner import Pending, Runner
 from tidar.decode.step import Plan, Propose, prefill, step
+from tidar.kernels.draft import ALTERNATIVES
 from tidar.layout import chain_layout, prefill_layout
 from tidar.model.network import Network
 from tidar.model.propose import Proposal
@@ -50,9 +51,10 @@ def decode(
     propose: Propose = drafter_propose,
     batch_size: int | None = None,
     outcomes: int | None = None,
+    alternatives: int = 0,
     **params,
 ) -> list[Answer]:
-    engine = Engine(network, Plan(draft_length, SamplingParams(**params), outcomes, propose))
+    engine = Engine(network, Plan(draft_length, SamplingParams(**params), outcomes, alternatives, propose))
     limits = Limits(new, frozenset() if eos is None else frozenset([eos]))
     answers = {u.answer.row: u.answer for updates in engine.run(prompts, limits, batch_size) for u in updates}
     return [answers[row] for row in range(len(prompts))]
@@ -62,9 +64,12 @@ def tokens(answers: list[Answer]) -> list[list[int]]:
     return [answer.token_ids for answer in answers]
 
 
-def chosen(first: Tensor, drafts: Tensor) -> Proposal:
-    """Drafts of a proposer that is sure of them, and draws nothing."""
-    return Proposal(torch.cat((first[:, None], drafts[:, 1:]), 1), torch.ones(drafts[:, 1:].shape), None)
+def chosen(first: Tensor, after: Tensor, drafts: Tensor, vocabulary: int = VOCABULARY) -> Proposal:
+    """Drafts of a proposer that is sure of them, and draws nothing; its alternatives are the tokens that follow."""
+    drafts = torch.cat((first[:, None], drafts[:, 1:]), 1)
+    drafts[:, 1] = torch.where(after < 0, drafts[:, 1], after)
+    others = (drafts[:, 1:, None] + torch.arange(1, ALTERNATIVES + 1)) % vocabulary
+    return Proposal(drafts, torch.ones(drafts[:, 1:].shape), others, None)
 
 
 class Oracle:
@@ -86,18 +91,18 @@ class Oracle:
             drafts.append(text[anchors[:, None] + torch.arange(1, draft_length + 1)])
         self.states, self.drafts = torch.cat(states), torch.cat(drafts)
 
-    def __call__(self, network, block, logits, first, params, noise):
+    def __call__(self, network, block, logits, first, after, params, noise):
         place = torch.cdist(block.flatten(1), self.states).argmin(1)
         drafts = self.drafts[place]
         spoilt = torch.rand(drafts.shape, generator=self.generator) < self.error
         drafts = torch.where(spoilt, (drafts + 1) % VOCABULARY, drafts)
-        return chosen(first, drafts)
+        return chosen(first, after, drafts)
 
 
-def guess(network, block, logits, first, params, noise):
+def guess(network, block, logits, first, after, params, noise):
     """Proposes anything."""
-    drafts = torch.randint(network.lm.config.vocab_size, block.shape[:2])
-    return chosen(first, drafts)
+    vocabulary = network.lm.config.vocab_size
+    return chosen(first, after, torch.randint(vocabulary, block.shape[:2]), vocabulary)
 
 
 PROPOSERS: dict[str, Callable[[Network, str, int], Propose]] = {
@@ -132,13 +137,38 @@ def test_pruned_outcomes_do_not_change_the_output(arch, name, draft_length, outc
     assert tokens(answers) == [continuation[:NEW] for continuation in continuations(arch)]
 
 
+@every_architecture
+@pytest.mark.parametrize("name", PROPOSERS)
+@pytest.mark.parametrize(("draft_length", "outcomes", "alternatives"), [(2, 1, 1), (3, None, 2), (5, 2, 12), (8, 3, 5)])
+def test_alternatives_do_not_change_the_output(arch, name, draft_length, outcomes, alternatives):
+    propose = proposer(name, arch, draft_length)
+    options = {"propose": propose, "outcomes": outcomes, "alternatives": alternatives}
+    answers = decode(network_of(arch), PROMPTS, draft_length, **options)
+    assert tokens(answers) == [continuation[:NEW] for continuation in continuations(arch)]
+
+
+def test_a_leaf_that_is_hit_gains_tokens():
+    """The second draft is always wrong and its alternative right: half of the steps know their second draft."""
+    network, length = network_of("llama"), 5
+    oracle = Oracle(network, "llama", length, error=torch.tensor([0.0, 1, 0, 0, 0]))
+
+    def nearly(*arguments):
+        proposal = oracle(*arguments)
+        return proposal._replace(alternatives=(proposal.drafts[:, 1:, None] - 1) % VOCABULARY)
+
+    without, hit = (decode(network, PROMPTS[:1], length, 21, propose=nearly, alternatives=n)[0] for n in (0, 1))
+    assert tokens([hit]) == tokens([without])
+    assert set(without.acceptance_lengths) == {1}
+    assert hit.acceptance_lengths[:6] == [1, 5, 1, 5, 1, 5]
+
+
 def test_a_pruned_outcome_is_drafted_from_the_nearest_earlier_one():
     """All drafts stand, but a proposer that doubts itself makes the step pre-draft outcome 1 alone."""
     network, length = network_of("llama"), 5
     oracle = proposer("oracle", "llama", length)
 
-    def doubtful(network, block, logits, first, params, noise):
-        proposal = oracle(network, block, logits, first, params, noise)
+    def doubtful(*arguments):
+        proposal = oracle(*arguments)
         return proposal._replace(confidence=torch.zeros_like(proposal.confidence))
 
     full, pruned = (decode(network, PROMPTS[:1], length, 21, propose=doubtful, outcomes=n)[0] for n in (length, 1))
@@ -197,7 +227,7 @@ class Late(Runner):
         return 1 << (rows - 1).bit_length()
 
     def step(self, plan: Plan, rows: int, longest: int) -> Pending:
-        return Pending(pack(step(self.network, self.state.first(rows), plan)))
+        return Pending(step(self.network, self.state.first(rows), plan).packed)
 
 
 @settings(max_examples=25)
@@ -368,15 +398,18 @@ PROCESSED = {
 
 
 @pytest.mark.parametrize("params", PROCESSED.values(), ids=PROCESSED)
-@pytest.mark.parametrize("drafter", ["whole", "pruned", "no sampler head", "guess"])
+@pytest.mark.parametrize("drafter", ["whole", "pruned", "with leaves", "no sampler head", "guess", "guess with leaves"])
 def test_sampled_tokens_have_the_distribution_of_the_model(params, drafter):
     """End to end: every pair of neighbours among the first four tokens, over many rows of one prompt."""
     network, prompt = tiny_network("llama", vocabulary=SMALL, spread=0.25), [3, 1, 4]
     if drafter == "no sampler head":
         network.drafter.sampler_head = None
-    propose = guess if drafter == "guess" else drafter_propose
-    outcomes = 1 if drafter == "pruned" else None
-    drawn = torch.tensor(tokens(decode(network, [prompt] * ROWS, 3, 4, propose=propose, outcomes=outcomes, **params)))
+    options = {
+        "propose": guess if "guess" in drafter else drafter_propose,
+        "outcomes": 1 if drafter == "pruned" else None,
+        "alternatives": 4 if "leaves" in drafter else 0,
+    }
+    drawn = torch.tensor(tokens(decode(network, [prompt] * ROWS, 3, 4, **options, **params)))
     joint = exact_joint(network, prompt, SamplingParams(**params), 4)
     for place in range(3):
         pairs = (drawn[:, place] * SMALL + drawn[:, place + 1]).bincount(minlength=SMALL**2)

@@ -252,3 +252,41 @@ def test_random_anchors_reach_every_allowed_position():
     allowed = torch.arange(10).expand(200, 10) % 3 > 0
     drawn = random_anchors(allowed, 2, torch.Generator().manual_seed(0)).unique()
     assert drawn.tolist() == [1, 2, 4, 5, 7, 8]
+
+
+@given(st.data())
+def test_pruned_steps_are_trees_with_leaves(data):
+    """The quick way to the layout of a step says what the general one says."""
+    length = data.draw(st.integers(1, 6))
+    leaves = tuple(sorted(data.draw(st.lists(st.integers(0, length - 1), max_size=5)), reverse=True))
+    count = data.draw(st.integers(0, length))
+    chosen = [sorted(data.draw(st.permutations(range(1, length + 1)))[:count]) for _ in range(2)]
+    prefix = torch.tensor([2, 5])
+    pruned = step_layout(length, rows_of(chosen), leaves=leaves).after(prefix)
+    for row, outcomes in enumerate(chosen):
+        whole = step_layout(length, outcomes, leaves=leaves).after(prefix[row : row + 1])
+        for name in ("depth", "enter", "exit", "position"):
+            assert getattr(pruned, name)[row].equal(getattr(whole, name)[0]), name
+        assert (pruned.clean, pruned.size) == (whole.clean, whole.size) == (length + len(leaves), whole.size)
+
+
+def test_picture_of_a_step_with_leaves():
+    """Prefix A, drafts D E F; two alternatives to E and one to F; a block for outcome 1."""
+    layout = step_layout(3, [1], leaves=(1, 0, 0)).after(torch.tensor([1]))
+    assert layout.position.tolist() == [[1, 2, 3, 3, 2, 2, 2, 3, 4]]
+    assert_drawn(
+        layout.dense_mask(10)[0, 0],
+        """
+        1  1.. ... ...
+        1  11. ... ...
+        1  111 ... ...
+
+        1  11. 1.. ...
+        1  1.. .1. ...
+        1  1.. ..1 ...
+
+        1  1.. ... 111
+        1  1.. ... 111
+        1  1.. ... 111
+        """,
+    )

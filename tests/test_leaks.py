@@ -105,7 +105,7 @@ def test_drafting_walks_the_sampler_head_as_training_did(arch):
     marginal = network.head(block[:, 1:])
     excluded = torch.ones_like(marginal, dtype=torch.bool).scatter(-1, candidates_eager(marginal, CANDIDATES)[1], False)
     for params in (SamplingParams(), SamplingParams(0.7, top_k=5)):
-        drafts, _, probs = propose(network, block, marginal, first, params, noise)
+        drafts, _, _, probs = propose(network, block, marginal, first, torch.full_like(first, -1), params, noise)
         assert drafts[:, 0].equal(first)
         forced = network.head(network.drafter.sampler_head(block, network.embed(drafts[:, :-1])))[:, 1:]
         forced = forced.masked_fill(excluded, -torch.inf)

@@ -12,14 +12,15 @@ from chi_square import assert_drawn_from
 from tidar.errors import TidarError
 from tidar.sampling import (
     DraftProbs,
+    Leaves,
     SamplingParams,
+    accept_greedy,
+    accept_sampled,
     draw,
     mix_trust,
     row_seeds,
     uniforms,
     verify,
-    verify_greedy,
-    verify_sampled,
 )
 from tiny import tiny_lm
 
@@ -33,13 +34,36 @@ def test_greedy_keeps_drafts_while_they_are_the_argmax(data):
     rows = st.lists(st.lists(token, min_size=size, max_size=size), min_size=batch, max_size=batch)
     drafts, choices = data.draw(rows), data.draw(rows)
     logits = torch.nn.functional.one_hot(torch.tensor(choices), 3).float()
-    verdict = verify_greedy(logits, torch.tensor(drafts))
+    verdict = accept_greedy(logits.argmax(-1), torch.tensor(drafts))
     for row in range(batch):
         accepted = 1
         while accepted < size and drafts[row][accepted] == choices[row][accepted - 1]:
             accepted += 1
         assert verdict.accepted[row] == accepted
         assert verdict.next_token[row] == choices[row][accepted - 1]
+
+
+@given(st.data())
+def test_a_leaf_tells_the_token_after_the_next_one(data):
+    size, batch, count = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 3)), data.draw(st.integers(1, 5))
+    token = st.integers(0, 2)
+
+    def rows(width: int) -> Tensor:
+        return torch.tensor([[data.draw(token) for _ in range(width)] for _ in range(batch)]).view(batch, width)
+
+    drafts, choice, leaf_tokens = rows(size), rows(size + count), rows(count)
+    parents = torch.tensor(sorted((data.draw(st.integers(0, size - 1)) for _ in range(count)), reverse=True))
+    verdict = accept_greedy(choice, drafts, None, Leaves(leaf_tokens, parents))
+    plain = accept_greedy(choice[:, :size], drafts)
+    assert verdict.accepted.equal(plain.accepted)
+    assert verdict.next_token.equal(plain.next_token)
+    for row in range(batch):
+        told = [
+            int(choice[row, size + leaf])
+            for leaf in range(count)
+            if parents[leaf] == plain.accepted[row] - 1 and leaf_tokens[row, leaf] == plain.next_token[row]
+        ]
+        assert int(verdict.after[row]) == (told[0] if told else -1)
 
 
 class Chain:
@@ -73,7 +97,7 @@ def three_tokens(p: Chain, q: Chain, point_mass: bool = False) -> Tensor:
     a, b = draw_drafts(q, noise[:, DRAFTS:])
     drafts = torch.stack((torch.zeros_like(a), a, b), 1)  # the first is already part of the output, so anything will do
     draft_probs = None if point_mass else everywhere(q.along(a, b)[:, :2])
-    accepted, token = verify_sampled(p.along(a, b), drafts, draft_probs, noise[:, :DRAFTS])
+    accepted, token, _ = accept_sampled(p.along(a, b), drafts, draft_probs, noise[:, :DRAFTS])
     a = torch.where(accepted > 1, a, token)
     b = torch.where(accepted > 2, b, torch.where(accepted > 1, token, draw(p.second[a], noise[:, -2])))
     return torch.stack((a, b, torch.where(accepted > 2, token, draw(p.third[a, b], noise[:, -1]))), 1)
@@ -126,7 +150,7 @@ def test_perfect_drafts_always_stand():
     noise = uniforms(row_seeds(0, torch.arange(ROWS)), torch.zeros(ROWS, dtype=torch.long), DRAFTS + 2)
     a, b = draw_drafts(p, noise[:, DRAFTS:])
     probs = p.along(a, b)
-    verdict = verify_sampled(probs, torch.stack((a, a, b), 1), everywhere(probs[:, :2]), noise[:, :DRAFTS])
+    verdict = accept_sampled(probs, torch.stack((a, a, b), 1), everywhere(probs[:, :2]), noise[:, :DRAFTS])
     assert (verdict.accepted == DRAFTS).all()
 
 

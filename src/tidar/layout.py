@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -199,19 +200,53 @@ def prefill_layout(lengths: Tensor, width: int, block_size: int) -> Layout:
     return chain_layout(width, anchors, block_size, documents=padding.long())
 
 
-def step_layout(draft_length: int, outcomes: Sequence[int] | Tensor, device: torch.device | str = "cpu") -> Layout:
-    """One decode step (Fig. 3 right): the drafts, then one block per outcome j, "j drafts accepted", 1 <= j <= K.
+def step_layout(
+    draft_length: int,
+    outcomes: Sequence[int] | Tensor,
+    device: torch.device | str = "cpu",
+    leaves: tuple[int, ...] = (),
+) -> Layout:
+    """One decode step (Fig. 3 right): the drafts, then leaves, then one block per outcome j, "j drafts accepted".
 
+    The clean tokens are a tree: K drafts in a row, and leaves that hang off them as alternatives to the next draft.
     No prefix; call `.after(prefix)` each step.
 
     Args:
         draft_length: K.
-        outcomes: the same for all rows, or [B, n] int64, ascending in each row.
+        outcomes: in 1..K; the same for all rows, or [B, n] int64, ascending in each row.
         device: where the layout lives, for a sequence.
+        leaves: the draft (0..K-1) that each leaf continues, in descending order, which makes the tree depth-first.
     """
-    if not isinstance(outcomes, Tensor):
-        outcomes = torch.tensor([sorted(outcomes)], dtype=torch.long, device=device)
-    return chain_layout(draft_length, outcomes - 1, draft_length)
+    if isinstance(outcomes, Tensor):
+        return _pruned_step(draft_length, outcomes - 1, leaves)
+    return _whole_step(draft_length, tuple(sorted(outcomes)), torch.device(device), leaves)
+
+
+@cache
+def _whole_step(length: int, outcomes: tuple[int, ...], device: torch.device, leaves: tuple[int, ...]) -> Layout:
+    """Kept for good: every step of a plan has the same one, and captured steps read it where it lies."""
+    with torch.inference_mode(False):
+        anchors = torch.tensor([[j - 1 for j in outcomes]], dtype=torch.long, device=device)
+        return tree_layout([*range(-1, length - 1), *leaves], anchors, length)
+
+
+def _pruned_step(length: int, anchors: Tensor, leaves: tuple[int, ...]) -> Layout:
+    """`tree_layout` of a step whose anchors [B, n] are new each time; in few operations, as each is a launch."""
+    batch, blocks = anchors.shape
+    bare = _whole_step(length, (), anchors.device, leaves)
+    index, offsets = bare.depth[:, :length], bare.depth[:, :length] + 1
+    number = index + (anchors[:, None, :] < index[..., None]).sum(-1)
+    own = (anchors + offsets[:, :blocks])[..., None].expand(-1, -1, length).flatten(1)
+    behind = bare.enter[:, length:] + blocks  # leaves are numbered after all drafts and blocks
+    return Layout(
+        depth=torch.cat((bare.depth.expand(batch, -1), (anchors[..., None] + offsets[:, None]).flatten(1)), 1),
+        enter=torch.cat((number, behind.expand(batch, -1), own), 1),
+        exit=torch.cat(((bare.exit + blocks).expand(batch, -1), own + 1), 1),
+        anchors=anchors,
+        clean=length + len(leaves),
+        block_size=length,
+        prefix=anchors.new_zeros(batch),
+    )
 
 
 def tiled_anchors(clean: int, block_size: int, device: torch.device | str = "cpu") -> Tensor:

@@ -83,10 +83,25 @@ def _require(ok: bool, name: str, value: object, wanted: str) -> None:
 
 
 class Verdict(NamedTuple):
-    """accepted: [B] int64, j in 1..K drafts that stand; next_token: [B], the correction (j < K) or bonus (j = K)."""
+    """What verification says, each [B] int64.
+
+    accepted: j in 1..K, drafts that stand. next_token: the correction (j < K) or bonus (j = K). after: the verifier's
+    token after that one, where next_token is on a leaf of the step, else -1.
+    """
 
     accepted: Tensor
     next_token: Tensor
+    after: Tensor
+
+
+class Leaves(NamedTuple):
+    """Alternatives to drafts, verified beside them: each is judged as if it were the token after its parent.
+
+    tokens [B, A]; parents [A] int64, the draft (0..K-1) that each one continues; leaves of one parent are distinct.
+    """
+
+    tokens: Tensor
+    parents: Tensor
 
 
 class DraftProbs(NamedTuple):
@@ -99,20 +114,37 @@ class DraftProbs(NamedTuple):
     probs: Tensor
 
 
-def verify_greedy(logits: Tensor, drafts: Tensor, drafted: Tensor | None = None) -> Verdict:
-    """Greedy verification: a draft stands while it is the argmax.
+def accept_greedy(
+    choice: Tensor, drafts: Tensor, drafted: Tensor | None = None, leaves: Leaves | None = None
+) -> Verdict:
+    """Greedy verification: a draft stands while it is the verifier's choice.
 
     Args:
-        logits: [B, K, V]; logits[:, i] is the AR prediction after draft i.
+        choice: [B, K + A] likeliest token after each draft and each leaf.
         drafts: [B, K]; drafts[:, 0] is already a token of the AR model.
         drafted: [B], how many of the drafts are any (1..K); default all.
+        leaves: alternatives, for A > 0.
     """
-    choice = logits.argmax(-1)
-    accepted = _count_prefix(choice[:, :-1] == drafts[:, 1:], drafted)
-    return Verdict(accepted, _at(choice, accepted - 1))
+    chain, others = choice.split((drafts.shape[1], choice.shape[1] - drafts.shape[1]), 1)
+    accepted = _count_prefix(chain[:, :-1] == drafts[:, 1:], drafted)
+    next_token = _at(chain, accepted - 1)
+    if leaves is None:
+        return Verdict(accepted, next_token, torch.full_like(accepted, -1))
+    leaf = find_leaf(leaves, accepted, next_token)
+    return Verdict(accepted, next_token, torch.where(leaf < 0, -1, _at(others, leaf.clamp(min=0))))
 
 
-def verify_sampled(
+def find_leaf(leaves: Leaves, accepted: Tensor, next_token: Tensor) -> Tensor:
+    """[B] the leaf that carries the next token after the drafts that stand, or -1.
+
+    It does not matter how the leaves were chosen, nor whether the next token was sampled: the token is decided by then,
+    and the leaf only tells what the verifier says after it. So leaves keep the output exact.
+    """
+    hits = (leaves.parents == accepted[:, None] - 1) & (leaves.tokens == next_token[:, None])
+    return torch.where(hits.any(1), hits.long().argmax(1), -1)
+
+
+def accept_sampled(
     probs: Tensor, drafts: Tensor, draft_probs: DraftProbs | None, noise: Tensor, drafted: Tensor | None = None
 ) -> Verdict:
     """Rejection sampling (Leviathan et al. 2023): the output is distributed exactly as `probs`.
@@ -124,7 +156,7 @@ def verify_sampled(
         probs: [B, K, V] processed AR distributions after each draft.
         drafts: [B, K]; drafts[:, 0] is already a token of the AR model.
         draft_probs: what drafts[:, 1:] were drawn from; None where they were not drawn but chosen (q is then a point
-            mass on each).
+            mass on each). A draft of weight 0 stands wherever p allows it: it was drawn from p itself.
         noise: [B, K] uniform in [0, 1), independent of the drafts.
         drafted: [B], how many of the drafts are any (1..K); default all.
     """
@@ -140,7 +172,7 @@ def verify_sampled(
         rejected = accepted < (drafts.shape[1] if drafted is None else drafted)
         rest = p.scatter_add(-1, _at(q.ids, last), -_at(q.probs, last).to(p.dtype) * rejected[:, None]).clamp(min=0)
         p = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
-    return Verdict(accepted, draw(p, noise[:, -1]))
+    return Verdict(accepted, draw(p, noise[:, -1]), torch.full_like(accepted, -1))
 
 
 def verify(
@@ -150,12 +182,23 @@ def verify(
     draft_probs: DraftProbs | None,
     noise: Tensor | None,
     drafted: Tensor | None = None,
+    leaves: Leaves | None = None,
 ) -> Verdict:
-    """Judge drafts [B, K] by logits [B, K, V] as `params` asks; K = 1 simply picks the next token."""
+    """Judge drafts [B, K] by logits [B, K + A, V] as `params` asks; K = 1 simply picks the next token.
+
+    noise is [B, K + 1] for sampling: one number more than the drafts need draws the token after a leaf.
+    """
     if params.greedy:
-        return verify_greedy(logits, drafts, drafted)
+        return accept_greedy(logits.argmax(-1), drafts, drafted, leaves)
     assert noise is not None
-    return verify_sampled(params.probabilities(logits), drafts, draft_probs, noise, drafted)
+    length = drafts.shape[1]
+    probs = params.probabilities(logits[:, :length])
+    verdict = accept_sampled(probs, drafts, draft_probs, noise[:, :length], drafted)
+    if leaves is None:
+        return verdict
+    leaf = find_leaf(leaves, verdict.accepted, verdict.next_token)
+    after = draw(params.probabilities(_at(logits[:, length:], leaf.clamp(min=0))), noise[:, length])
+    return verdict._replace(after=torch.where(leaf < 0, -1, after))
 
 
 def outcome_probabilities(confidence: Tensor, drafted: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tidar.decode.cache import RowCache
-from tidar.decode.step import Plan, State, StepResult, step
+from tidar.decode.step import Plan, State, step
 from tidar.layout import prefill_layout
 from tidar.model.network import Network
 
@@ -43,18 +43,14 @@ class Pending:
         """What each row gained; waits if it must."""
         if self.event is not None:
             self.event.synchronize()
-        return [Gain(drafted, tokens[:accepted]) for accepted, drafted, *tokens in self.host.tolist()]
-
-
-def pack(result: StepResult) -> Tensor:
-    """[B, 2 + K]: accepted, drafted, new tokens; one tensor is one copy to the host."""
-    return torch.cat((result.accepted[:, None], result.drafted[:, None], result.new), 1)
+        return [Gain(drafted, known, tokens[:accepted]) for accepted, drafted, known, *tokens in self.host.tolist()]
 
 
 class Gain(NamedTuple):
-    """A row's share of a step: drafts that were judged, and the new tokens."""
+    """A row's share of a step: drafts that were judged, how many of them were certain, and the new tokens."""
 
     drafted: int
+    known: int
     tokens: list[int]
 
 
@@ -97,7 +93,7 @@ class Runner:
     def step(self, plan: Plan, rows: int, longest: int) -> Pending:
         """One forward over the first `rows` rows; `longest` is the largest of their lengths, known as nothing lags."""
         assert self.state is not None
-        return Pending(pack(step(self.network, self.state.first(rows), plan, longest)))
+        return Pending(step(self.network, self.state.first(rows), plan, longest).packed)
 
 
 class GraphRunner(Runner):
@@ -161,7 +157,7 @@ class GraphRunner(Runner):
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
-            result = pack(step(self.network, state, plan))
+            result = step(self.network, state, plan).packed
         for tensor, value in zip((state.cache.lengths, *state.tensors()), kept, strict=True):
             tensor.copy_(value)
         torch.cuda.synchronize()

@@ -9,20 +9,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tidar.decode.cache import ROUND, RowCache
+from tidar.kernels.draft import ALTERNATIVES
+from tidar.kernels.judge import Decision, Judged, decide, decide_eager
 from tidar.layout import prefill_layout, step_layout
 from tidar.model.network import Network
 from tidar.model.propose import CANDIDATES, Proposal, propose
-from tidar.sampling import DraftProbs, SamplingParams, likely_outcomes, mix_trust, row_seeds, uniforms, verify
+from tidar.sampling import (
+    DraftProbs,
+    Leaves,
+    SamplingParams,
+    likely_outcomes,
+    mix_trust,
+    row_seeds,
+    uniforms,
+    verify,
+)
 
-Propose = Callable[[Network, Tensor, Tensor, Tensor, SamplingParams, Tensor | None], Proposal]
-
+Propose = Callable[[Network, Tensor, Tensor, Tensor, Tensor, SamplingParams, Tensor | None], Proposal]
+"""See `model.propose.propose`; what it proposes must begin with the tokens that are known."""
+REACH, RANKS = 0.7, (0.38, 0.14, 0.07)
+"""How likely drafts stand, and the drafter's second, third and fourth choice where they fall: only to order leaves."""
 
 GREEDY = SamplingParams()
 
@@ -35,12 +48,15 @@ class Plan:
         draft_length: K; 1 is autoregressive decoding.
         params: how tokens are chosen.
         outcomes: blocks that are drafted, the likeliest ones; None for all K.
+        alternatives: leaves, that is drafts' next best tokens which are verified beside them. Where a draft falls and
+            the right token is on a leaf, the verifier's token after it is known as well: one token more.
         propose: turns a block into drafts; tests replace it by oracles.
     """
 
     draft_length: int
     params: SamplingParams = GREEDY
     outcomes: int | None = None
+    alternatives: int = 0
     propose: Propose = propose
 
     @property
@@ -57,9 +73,14 @@ class Plan:
         return min(self.outcomes, self.draft_length)
 
     @property
+    def leaves(self) -> tuple[tuple[int, int], ...]:
+        """(draft that it continues, rank among the next draft's alternatives) of each leaf."""
+        return choose_leaves(self.draft_length, self.alternatives)
+
+    @property
     def slots(self) -> int:
         """Query tokens a row in one forward."""
-        return self.draft_length * (1 + self.blocks)
+        return self.draft_length * (1 + self.blocks) + len(self.leaves)
 
     @property
     def key(self) -> Plan:
@@ -67,16 +88,38 @@ class Plan:
         return replace(self, params=replace(self.params, seed=0), outcomes=self.blocks)
 
 
-class StepResult(NamedTuple):
-    """What a step gave each row.
+def choose_leaves(draft_length: int, count: int) -> tuple[tuple[int, int], ...]:
+    """The `count` leaves that are likeliest to be hit: early drafts are judged more often, second choices hit more."""
+    leaves = [(draft, rank) for draft in range(draft_length - 1) for rank in range(ALTERNATIVES)]
+    leaves.sort(key=lambda leaf: -(REACH ** leaf[0]) * RANKS[leaf[1]])
+    return tuple(sorted(leaves[:count], key=lambda leaf: (-leaf[0], leaf[1])))
 
-    accepted [B]: how many drafts stood, 1..K; 0 in rows that are not active. drafted [B]: how many there were to judge.
-    new [B, K]: row b gained new[b, :accepted[b]], that is drafts 2..j and the verifier's own next token.
-    """
 
-    accepted: Tensor
-    drafted: Tensor
-    new: Tensor
+@dataclass(frozen=True)
+class StepResult:
+    """What a step gave each row: one tensor [B, 3 + K], as one is copied to the host at once."""
+
+    packed: Tensor
+
+    @property
+    def accepted(self) -> Tensor:
+        """[B] how many drafts stood, 1..K; 0 in rows that are not active."""
+        return self.packed[:, 0]
+
+    @property
+    def drafted(self) -> Tensor:
+        """[B] how many there were to judge."""
+        return self.packed[:, 1]
+
+    @property
+    def known(self) -> Tensor:
+        """[B] how many of them, 1 or 2, the verifier had decided before."""
+        return self.packed[:, 2]
+
+    @property
+    def new(self) -> Tensor:
+        """[B, K] row b gained new[b, :accepted[b]]: drafts 2..j and the verifier's own next token."""
+        return self.packed[:, 3:]
 
 
 @dataclass
@@ -87,7 +130,9 @@ class State:
         cache: the accepted prefixes.
         drafts: [B, K], the first already a token of the output.
         drafted: [B], how many of them are any; 1 right after plain decoding.
+        known: [B], how many of them the verifier has decided: 2 after a hit on a leaf, else 1.
         confidence: [B, K-1] the drafter's probability of drafts 2..K.
+        alternatives: [B, K-1, ALTERNATIVES] its next best tokens for them.
         draft_probs: what they were drawn from; None for greedy decoding.
         seeds: [B] random streams.
         active: [B] bool; rows that are not do not move.
@@ -96,7 +141,9 @@ class State:
     cache: RowCache
     drafts: Tensor
     drafted: Tensor
+    known: Tensor
     confidence: Tensor
+    alternatives: Tensor
     draft_probs: DraftProbs | None
     seeds: Tensor
     active: Tensor
@@ -114,7 +161,9 @@ class State:
             RowCache(rows, capacity, device),
             torch.zeros(rows, draft_length, dtype=torch.long, device=device),
             torch.ones(rows, dtype=torch.long, device=device),
+            torch.ones(rows, dtype=torch.long, device=device),
             torch.zeros(rows, others, device=device),
+            torch.full((rows, others, ALTERNATIVES), -1, dtype=torch.long, device=device),
             probs,
             torch.zeros(rows, dtype=torch.long, device=device),
             torch.zeros(rows, dtype=torch.bool, device=device),
@@ -122,15 +171,16 @@ class State:
 
     def tensors(self) -> list[Tensor]:
         """Everything but the cache."""
-        return [self.drafts, self.drafted, self.confidence, self.seeds, self.active, *(self.draft_probs or ())]
+        own = self.drafts, self.drafted, self.known, self.confidence, self.alternatives, self.seeds, self.active
+        return [*own, *(self.draft_probs or ())]
 
     def first(self, rows: int) -> State:
         """The first `rows` rows, in the same memory."""
         if rows == len(self.drafts):
             return self
-        drafts, drafted, confidence, seeds, active, *probs = (tensor[:rows] for tensor in self.tensors())
-        kept = DraftProbs(*probs) if probs else None
-        return State(self.cache.first(rows), drafts, drafted, confidence, kept, seeds, active)
+        drafts, drafted, known, confidence, alternatives, seeds, active, *probs = (t[:rows] for t in self.tensors())
+        kept, cache = DraftProbs(*probs) if probs else None, self.cache.first(rows)
+        return State(cache, drafts, drafted, known, confidence, alternatives, kept, seeds, active)
 
     @torch.inference_mode()
     def move_rows(self, rows: Tensor) -> None:
@@ -146,16 +196,35 @@ class State:
         for mine, new in zip(self.tensors(), other.tensors(), strict=True):
             (mine[:, : new.shape[1]] if new.dim() > 1 else mine)[rows] = new
 
-    def keep_drafts(self, proposal: Proposal, drafted: Tensor, vocabulary: int) -> None:
+    def leaves(self, plan: Plan) -> Leaves | None:
+        """The leaves of a step of `plan`."""
+        if not plan.leaves:
+            return None
+        parents, index = _leaf_constants(plan.leaves, self.drafts.device)
+        return Leaves(self.alternatives.flatten(1)[:, index], parents)
+
+    def keep_drafts(self, proposal: Proposal, decision: Decision, vocabulary: int) -> None:
         """Replace the drafts by a block's, which may be shorter than there is room for."""
         length = proposal.drafts.shape[1]
         self.drafts[:, :length] = proposal.drafts
-        self.drafted.copy_(drafted)
+        self.drafted.copy_(decision.drafted)
+        torch.add(decision.after >= 0, 1, out=self.known)
         self.confidence[:, : length - 1] = proposal.confidence
+        self.alternatives[:, : length - 1] = proposal.alternatives
         if self.draft_probs is not None:
             probs = proposal.probs or point_masses(proposal.drafts, self.draft_probs.ids.shape[2], vocabulary)
             for mine, new in zip(self.draft_probs, probs, strict=True):
                 mine[:, : length - 1] = new
+            # A known token was drawn from the verifier's own distribution: nobody may reject it.
+            self.draft_probs.probs[:, 0] *= (decision.after < 0)[:, None]
+
+
+@cache
+def _leaf_constants(leaves: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Each leaf's parent, and its place among all alternatives of a row."""
+    with torch.inference_mode(False):
+        drafts, ranks = torch.tensor(leaves, dtype=torch.long).T.to(device)
+        return drafts.contiguous(), drafts * ALTERNATIVES + ranks
 
 
 def point_masses(drafts: Tensor, count: int, vocabulary: int) -> DraftProbs:
@@ -183,11 +252,10 @@ def prefill(network: Network, prompts: list[list[int]], rows: list[int], plan: P
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
         hidden = network(ids, layout, state.cache, fused=True)
     last = hidden[torch.arange(len(prompts), device=device), lengths - 1]
-    masks = hidden[:, layout.block(0)] if plan.drafting else hidden[:, :0]
     # A prefill is a step whose only "draft", the last prompt token, stands.
     state.drafts[:, 0] = ids.gather(1, lengths[:, None] - 1)[:, 0]
-    outcomes = torch.ones(len(prompts), 1, dtype=torch.long, device=device)
-    _decide(network, state, plan, last[:, None], masks, outcomes)
+    anchors = torch.zeros_like(layout.anchors)
+    _decide(network, state, plan, torch.cat((last[:, None], hidden[:, width:]), 1), 1, anchors, None)
     state.cache.lengths.copy_(lengths)
     return state
 
@@ -201,74 +269,69 @@ def step(network: Network, state: State, plan: Plan, longest: int | None = None)
     cache, length = state.cache, plan.draft_length
     # A row that ended may be longer than `longest`: it has no prefix any more, and writes at the front of its slots.
     cache.lengths.mul_(state.active)
-    drafts, outcomes = state.drafts[:, :length].clone(), _outcomes(state, plan)
-    drafted = state.drafted.clamp(max=length)
-    layout = step_layout(length, outcomes).after(cache.lengths)
+    outcomes, leaves = _outcomes(state, plan), state.leaves(plan)
+    tokens = state.drafts[:, :length]
+    if leaves is not None:
+        tokens = torch.cat((tokens, leaves.tokens), 1)
+    layout = step_layout(length, outcomes, state.drafts.device, tuple(draft for draft, _ in plan.leaves))
+    layout = layout.after(cache.lengths)
     cache.reserve(layout.size, longest)
-    hidden = network(drafts, layout, cache, fused=True)
-    accepted, next_token = _decide(network, state, plan, hidden[:, :length], hidden[:, length:], outcomes)
-    new = torch.cat((drafts[:, 1:], drafts[:, :1]), 1).scatter(1, accepted[:, None] - 1, next_token[:, None])
-    accepted = accepted * state.active
-    cache.lengths.add_(accepted)
-    return StepResult(accepted, drafted, new)
+    hidden = network(tokens, layout, cache, fused=True)
+    result = _decide(network, state, plan, hidden, length, layout.anchors, leaves)
+    cache.lengths.add_(result.accepted)
+    return result
 
 
-def _outcomes(state: State, plan: Plan) -> Tensor:
-    """[B or 1, blocks] the outcomes that this step drafts for."""
+def _outcomes(state: State, plan: Plan) -> Tensor | range:
+    """The outcomes that this step drafts for: [B, blocks], or all of them."""
     if plan.blocks in (0, plan.draft_length):
-        return torch.arange(1, plan.blocks + 1, device=state.drafts.device)[None]
+        return range(1, plan.blocks + 1)
     drafted = state.drafted.clamp(max=plan.draft_length)
     return likely_outcomes(state.confidence[:, : plan.draft_length - 1], drafted, plan.blocks)
 
 
 def _decide(
-    network: Network, state: State, plan: Plan, clean: Tensor, masks: Tensor, outcomes: Tensor
-) -> tuple[Tensor, Tensor]:
+    network: Network, state: State, plan: Plan, hidden: Tensor, judged: int, anchors: Tensor, leaves: Leaves | None
+) -> StepResult:
     """Verify, then draft from the block of the true outcome; sets the state's drafts.
 
     Args:
-        clean: [B, n, H] final hidden states of the drafts; n = K, or 1 for a prefill.
-        masks: [B, blocks * K, H] those of the outcome blocks.
-        outcomes: [B or 1, blocks] what each block stands for, ascending.
-
-    Returns:
-        accepted [B] and the verifier's next token [B].
+        hidden: [B, N, H] final hidden states: of the judged drafts, the leaves and the outcome blocks.
+        judged: how many drafts; K, or 1 for a prefill.
+        anchors: [B, blocks] the judged draft (0..judged-1) that each block continues, ascending.
+        leaves: the step's leaves.
     """
-    params, judged, length = plan.params, clean.shape[1], plan.draft_length
-    noise = None if params.greedy else uniforms(state.seeds, state.cache.lengths, judged + length - 1)
-    verify_noise, draft_noise = (None, None) if noise is None else (noise[:, :judged], noise[:, judged:])
-    probs = state.draft_probs
-    if probs is not None:
-        probs = DraftProbs(*(tensor[:, : judged - 1] for tensor in probs))
-    drafted = state.drafted.clamp(max=judged)
-    blocks = masks.unflatten(1, (-1, length))
+    params, length = plan.params, plan.draft_length
+    batch, slots = hidden.shape[:2]
+    clean = slots - anchors.shape[1] * length
+    noise = None if params.greedy else uniforms(state.seeds, state.cache.lengths, judged + length)
     # One pass over the vocabulary's weights for all, where reading them is what it costs.
-    most = 288 if clean.is_cuda else 32 if clean.dtype == torch.bfloat16 else 0
-    everything = plan.drafting and len(clean) * (judged + blocks.shape[1] * (length - 1)) <= most
-    if everything:
-        logits, block_logits = network.head(torch.cat((clean, blocks[:, :, 1:].flatten(1, 2)), 1)).split(
-            (judged, blocks.shape[1] * (length - 1)), 1
-        )
-    else:
-        logits = network.head(clean)
+    most = 288 if hidden.is_cuda else 32 if hidden.dtype == torch.bfloat16 else 0
+    everything = plan.drafting and batch * slots <= most
+    all_logits = network.head(hidden if everything else hidden[:, :clean])
+    logits = all_logits[:, :clean]
     if plan.drafting and params.trust < 1:
-        logits = mix_trust(logits, network.head(blocks[:, :, 0]), params.trust)
-    accepted, next_token = verify(params, logits, state.drafts[:, :judged], probs, verify_noise, drafted)
-    if not plan.drafting:
-        state.drafts[:, 0] = next_token
-        state.drafted.fill_(1)
-        return accepted, next_token
-    # The block of the true outcome; if it was pruned, what the nearest earlier outcome's says beyond the next token.
-    rows = torch.arange(len(accepted), device=accepted.device)
-    nearest = (outcomes <= accepted[:, None]).sum(1) - 1
-    index = nearest.clamp(min=0)
-    late = accepted - outcomes.expand(len(accepted), -1).gather(1, index[:, None])[:, 0]
-    place = (late.clamp(min=0)[:, None] + torch.arange(length, device=late.device)).clamp(max=length - 1)
-    block = blocks[rows[:, None], index[:, None], place]
-    if everything:
-        block_logits = block_logits.unflatten(1, (-1, length - 1))[rows[:, None], index[:, None], place[:, 1:] - 1]
+        first = all_logits[:, clean::length] if everything else network.head(hidden[:, clean::length])
+        logits = torch.cat((mix_trust(logits[:, :judged], first, params.trust), logits[:, judged:]), 1)
+    drafts, drafted = state.drafts[:, :judged], state.drafted.clamp(max=judged)
+    facts = Judged(drafts, drafted, state.known, anchors, state.active, slots, clean)
+    if params.greedy:
+        decision = decide(logits.argmax(-1), leaves, facts, length)
     else:
-        block_logits = network.head(block[:, 1:])
-    proposal = plan.propose(network, block, block_logits, next_token, params, draft_noise)
-    state.keep_drafts(proposal, torch.where(nearest < 0, 1, length - late), network.vocabulary)
-    return accepted, next_token
+        assert noise is not None
+        probs = state.draft_probs
+        if probs is not None:
+            probs = DraftProbs(*(tensor[:, : judged - 1] for tensor in probs))
+        verdict = verify(params, logits, drafts, probs, noise[:, : judged + 1], drafted, leaves)
+        decision = decide_eager(verdict, facts, length)
+    if not plan.drafting:
+        state.drafts[:, 0] = decision.next_token
+        state.drafted.fill_(1)
+        state.known.fill_(1)
+        return StepResult(decision.result)
+    block = hidden.flatten(0, 1)[decision.masks]
+    block_logits = all_logits.flatten(0, 1)[decision.masks[:, 1:]] if everything else network.head(block[:, 1:])
+    draft_noise = None if noise is None else noise[:, judged + 1 :]
+    proposal = plan.propose(network, block, block_logits, decision.next_token, decision.after, params, draft_noise)
+    state.keep_drafts(proposal, decision, network.vocabulary)
+    return StepResult(decision.result)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,8 @@ CHUNK = 4096
 PROGRAMS = 64
 """Programs that share a position of one row; a power of two."""
 WARPS = 4
+ALTERNATIVES = 3
+"""Next best tokens that are kept for every draft."""
 ROWS = 8192
 """Vocabulary rows of the tables that are computed at a time."""
 
@@ -139,17 +142,31 @@ def candidates(walk: Walk, block: Tensor, logits: Tensor, count: int) -> tuple[T
     return ids, scores
 
 
-def draft(walk: Walk, block: Tensor, logits: Tensor, first: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Greedy drafts of one block and their confidences, as `model.propose.propose` says them.
+class Drafted(NamedTuple):
+    """drafts [B, K]; confidence [B, K-1], the probability of all but the first; alternatives [B, K-1, ALTERNATIVES]."""
+
+    drafts: Tensor
+    confidence: Tensor
+    alternatives: Tensor
+
+    def with_known(self, after: Tensor) -> Drafted:
+        """The same with the second draft replaced where the token `after` [B] the first is known (not -1)."""
+        drafts, confidence = self.drafts.clone(), self.confidence.clone()
+        known = after >= 0
+        drafts[:, 1] = torch.where(known, after, drafts[:, 1])
+        confidence[:, 0] = torch.where(known, 1.0, confidence[:, 0])
+        return self._replace(drafts=drafts, confidence=confidence)
+
+
+def draft(walk: Walk, block: Tensor, logits: Tensor, first: Tensor, after: Tensor, count: int) -> Drafted:
+    """Greedy drafts of one block, as `model.propose.propose` says them, probabilities being those among candidates.
 
     Args:
         block: [B, K, H] final hidden states of the block's masks.
         logits: [B, K-1, V] of all but the first of them.
         first: [B] verified next tokens.
+        after: [B] the tokens after them where they are known, else -1.
         count: candidates a position; a power of two below V.
-
-    Returns:
-        drafts [B, K], the first being `first`, and the probability [B, K-1] of the others among their candidates.
     """
     block, logits = block.contiguous(), logits.contiguous()
     batch, length, hidden = block.shape
@@ -166,6 +183,7 @@ def draft(walk: Walk, block: Tensor, logits: Tensor, first: Tensor, count: int) 
     for m in range(others):
         _position[(PROGRAMS, batch)](
             first,
+            after,
             inputs,
             walk.tokens,
             walk.corrections,
@@ -193,9 +211,49 @@ def draft(walk: Walk, block: Tensor, logits: Tensor, first: Tensor, count: int) 
             num_warps=WARPS,
             **options(block.device),
         )
-    drafts, confidence = first.new_empty(batch, length), scores.new_empty(batch, others)
-    _finish[(length, batch)](first, ids, scores, drafts, confidence, C=count, num_warps=1, **options(block.device))
-    return drafts, confidence
+    drafted = _empty(first, batch, length)
+    finish = options(block.device)
+    _finish[(length, batch)](first, after, ids, scores, *drafted, C=count, MORE=ALTERNATIVES, num_warps=1, **finish)
+    return drafted
+
+
+def draft_plain(logits: Tensor, first: Tensor, after: Tensor) -> Drafted:
+    """Drafts of logits [B, K-1, V] alone: the likeliest token at each position, as `draft_plain_eager`."""
+    batch, others, vocabulary = logits.shape
+    logits, chunks = logits.contiguous(), triton.cdiv(vocabulary, CHUNK)
+    drafted, kept = _empty(first, batch, others + 1), ALTERNATIVES + 1
+    keys = logits.new_empty(batch * others, chunks, kept, dtype=torch.int64)
+    sums = logits.new_empty(batch * others, chunks, dtype=torch.float32)
+    _chunk_best[(chunks, batch * others)](
+        logits, keys, sums, vocabulary, KEPT=kept, ROWS=CHUNK, num_warps=8, **options(logits.device)
+    )
+    _pick[(others + 1, batch)](
+        first,
+        after,
+        keys,
+        sums,
+        *drafted,
+        chunks,
+        KEPT=kept,
+        CHUNKS=triton.next_power_of_2(chunks),
+        KEYS=triton.next_power_of_2(chunks * kept),
+        num_warps=1,
+        **options(logits.device),
+    )
+    return drafted
+
+
+def draft_plain_eager(logits: Tensor, first: Tensor, after: Tensor) -> Drafted:
+    """See `draft_plain`; `after` takes the place of the second draft where it is known."""
+    scores = logits.float()
+    best, ids = scores.topk(ALTERNATIVES + 1, -1)
+    confidence = (best[..., 0] - scores.logsumexp(-1)).exp()
+    return Drafted(torch.cat((first[:, None], ids[..., 0]), 1), confidence, ids[..., 1:]).with_known(after)
+
+
+def _empty(first: Tensor, batch: int, length: int) -> Drafted:
+    confidence = torch.empty(batch, length - 1, dtype=torch.float32, device=first.device)
+    return Drafted(first.new_empty(batch, length), confidence, first.new_empty(batch, length - 1, ALTERNATIVES))
 
 
 def _hidden_inputs(walk: Walk, block: Tensor) -> Tensor:
@@ -355,6 +413,7 @@ if triton is not None:
     @triton.jit(do_not_specialize=["m"])
     def _position(
         first,
+        after,
         inputs,
         tokens,
         corrections,
@@ -416,6 +475,9 @@ if triton is not None:
             value_state = tl.load(u + width, mask=inside, other=0.0)
             squares = tl.load(energy + before * PROGRAMS + tl.arange(0, PROGRAMS))
             token = _best(scores, ids, at - 1, C)
+            if m == 1:
+                known = tl.load(after + b)
+                token = tl.where(known >= 0, known, token)
             scale = tl.rsqrt(tl.sum(squares, 0) / hidden + EPS)
             gate += scale * gate_state
             value += scale * value_state
@@ -434,8 +496,19 @@ if triton is not None:
         tl.store(energy + here * PROGRAMS + share, tl.sum(y * y, 0))
 
     @triton.jit
-    def _finish(first, ids, scores, drafts, confidence, C: tl.constexpr, PDL: tl.constexpr):
-        """One draft, and the probability of it among its candidates."""
+    def _finish(
+        first,
+        after,
+        ids,
+        scores,
+        drafts,
+        confidence,
+        alternatives,
+        C: tl.constexpr,
+        MORE: tl.constexpr,
+        PDL: tl.constexpr,
+    ):
+        """One draft, the probability of it among its candidates, and the next best ones."""
         m, b, length = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
         if PDL:
             tl.extra.cuda.gdc_launch_dependents()
@@ -444,6 +517,83 @@ if triton is not None:
             tl.store(drafts + b * length, tl.load(first + b))
         else:
             at = b * (length - 1) + m - 1
-            score = tl.load(scores + at * C + tl.arange(0, C))
-            tl.store(confidence + at, 1 / tl.sum(tl.exp(score - tl.max(score, 0)), 0))
-            tl.store(drafts + b * length + m, _best(scores, ids, at, C))
+            c = at * C + tl.arange(0, C)
+            score = tl.load(scores + c)
+            keys = _key(score, tl.load(ids + c))
+            sure = 1 / tl.sum(tl.exp(score - tl.max(score, 0)), 0)
+            _store_draft(
+                keys, sure, m, after + b, drafts + b * length + m, confidence + at, alternatives + at * MORE, MORE
+            )
+
+    @triton.jit
+    def _store_draft(keys, sure, m, after, draft, confidence, alternatives, MORE: tl.constexpr):
+        """The best of distinct keys as a draft, unless it is known better, and the MORE next ones as alternatives."""
+        best = tl.max(keys, 0)
+        token = 0x7FFFFFFF - (best & 0x7FFFFFFF)
+        if m == 1:
+            known = tl.load(after)
+            token = tl.where(known >= 0, known, token)
+            sure = tl.where(known >= 0, 1.0, sure)
+        tl.store(draft, token)
+        tl.store(confidence, sure)
+        for rank in tl.static_range(MORE):
+            keys = tl.where(keys == best, -0x7FFFFFFFFFFFFFFF, keys)
+            best = tl.max(keys, 0)
+            tl.store(alternatives + rank, 0x7FFFFFFF - (best & 0x7FFFFFFF))
+
+    @triton.jit
+    def _chunk_best(logits, keys, sums, vocabulary, KEPT: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr):
+        """The best keys of one chunk of one row, and the sum of exp(logit - the chunk's largest)."""
+        chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
+        id = chunk * ROWS + tl.arange(0, ROWS)
+        value = tl.load(logits + row * vocabulary + id, mask=id < vocabulary, other=float("-inf")).to(tl.float32)
+        tl.store(sums + row * tl.num_programs(0) + chunk, tl.sum(tl.exp(value - tl.max(value, 0)), 0))
+        found = _key(value, id)
+        at = keys + (row * tl.num_programs(0) + chunk) * KEPT
+        for rank in tl.static_range(KEPT):
+            best = tl.max(found, 0)
+            tl.store(at + rank, best)
+            found = tl.where(found == best, -0x7FFFFFFFFFFFFFFF, found)
+
+    @triton.jit
+    def _pick(
+        first,
+        after,
+        keys,
+        sums,
+        drafts,
+        confidence,
+        alternatives,
+        chunks,
+        KEPT: tl.constexpr,
+        CHUNKS: tl.constexpr,
+        KEYS: tl.constexpr,
+        PDL: tl.constexpr,
+    ):
+        """A draft from the best keys of all chunks of its row."""
+        m, b, length = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
+        if m == 0:
+            tl.store(drafts + b * length, tl.load(first + b))
+        else:
+            at = (b * (length - 1) + m - 1).to(tl.int64)
+            k = tl.arange(0, KEYS)
+            found = tl.load(keys + at * chunks * KEPT + k, mask=k < chunks * KEPT, other=-0x7FFFFFFFFFFFFFFF)
+            c = tl.arange(0, CHUNKS)
+            highest = _value(tl.load(keys + (at * chunks + c) * KEPT, mask=c < chunks, other=0))
+            part = tl.load(sums + at * chunks + c, mask=c < chunks, other=0.0)
+            top = _value(tl.max(found, 0))
+            sure = 1 / tl.sum(tl.where(c < chunks, part * tl.exp(highest - top), 0.0), 0)
+            more = alternatives + at * (KEPT - 1)
+            _store_draft(found, sure, m, after + b, drafts + b * length + m, confidence + at, more, KEPT - 1)
+
+    @triton.jit
+    def _value(key):
+        """The number that a key was made of."""
+        bits = (key >> 32).to(tl.int32)
+        return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
