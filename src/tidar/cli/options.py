@@ -31,7 +31,7 @@ Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 [d
 Weights = Annotated[
     str | None,
     typer.Option(
-        help="int8 or fp8: quantise the base weights; faster on a GPU, elsewhere they are only rounded to it."
+        help="int8 or fp8: quantise the base weights; half the bytes on CUDA, elsewhere only rounded: no faster."
     ),
 ]
 
