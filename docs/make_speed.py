@@ -32,7 +32,8 @@ def table(header: list[str], rows: list[list[object]]) -> str:
 def slots(name: str, plot: str | None) -> str:
     result = load(name)
     drafter = "gated drafter" if result["drafter"] else "no adapter (all-weights conversion)"
-    text = f"### {result['model'].removeprefix('random:')}, {drafter}\n\n{conditions(result)}\n\n"
+    weights = f", {result['weights']} weights" if result.get("weights") else ""
+    text = f"### {result['model'].removeprefix('random:')}, {drafter}{weights}\n\n{conditions(result)}\n\n"
     text += (
         f"Weights {result['weights_gb']:.2f} GB; the machine reads {result['read_bandwidth_gb_per_s']:,.0f} GB/s.\n\n"
     )

@@ -23,6 +23,7 @@ from tidar.decode.planner import AutoPlanner
 from tidar.decode.runner import Runner
 from tidar.decode.step import Plan
 from tidar.errors import TidarError
+from tidar.kernels.weights import KINDS
 from tidar.model.network import Network
 from tidar.prompts import encode_prompt
 from tidar.sampling import SamplingParams
@@ -74,14 +75,15 @@ def tie(network: Network, prompt: list[int], ours: list[int], theirs: list[int])
 PLANS = (Plan(1), Plan(8), Plan(8, outcomes=3), Plan(16, outcomes=6), Plan(16), AutoPlanner(SamplingParams()))
 
 
-def check_parity(dtype: str, plans: Sequence[Plan | AutoPlanner] = PLANS) -> None:
+def check_parity(dtype: str, plans: Sequence[Plan | AutoPlanner] = PLANS, weights: str | None = None) -> None:
     try:
-        model = TidarModel.from_pretrained("smollm2-135m", dtype=dtype)
+        model = TidarModel.from_pretrained("smollm2-135m", dtype=dtype, weights=weights)
         network, what = model.network, "smollm2-135m"
         prompts = [encode_prompt(model.tokenizer, text) for text in TEXTS]
     except TidarError:
-        network, what = shapes.build("random:smollm2-135m", True, None, dtype), "random weights"
+        network, what = shapes.build("random:smollm2-135m", True, None, dtype, weights), "random weights"
         prompts = [list(range(5 + i, 40 + 9 * i)) for i in range(4)]
+    precision = dtype if weights is None else f"{dtype}, {weights} weights,"
     wanted = reference(network, prompts, 96)
     for plan in plans:
         for batch in (1, len(prompts)):
@@ -90,7 +92,7 @@ def check_parity(dtype: str, plans: Sequence[Plan | AutoPlanner] = PLANS) -> Non
             same = sum(a == b for a, b in zip(got, wanted, strict=True))
             shape = f"K={plan.draft_length} outcomes={plan.blocks}" if isinstance(plan, Plan) else "auto"
             print(
-                f"{what} {dtype} {shape} batch {batch}: {same}/{len(got)} identical, {per_forward:.2f} tokens per "
+                f"{what} {precision} {shape} batch {batch}: {same}/{len(got)} identical, {per_forward:.2f} tokens per "
                 f"forward, largest gap where they part {max(gaps):.3f}",
                 flush=True,
             )
@@ -117,6 +119,8 @@ def main() -> None:
         print("compute-sanitizer: clean")
     for dtype in ("float32", "bfloat16"):
         check_parity(dtype)
+    for kind in KINDS:
+        check_parity("bfloat16", (Plan(1), Plan(8), Plan(16, outcomes=6)), kind)
     network = shapes.build("random:smollm2-135m", True, None, None)
     for length, outcomes in slots.STEPS:
         seconds = slots.step_seconds(network, Plan(length, outcomes=outcomes), 1024)

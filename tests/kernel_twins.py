@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tidar.kernels import attention, linear, norm, rotary, swiglu
 from tidar.kernels.norm import LowRank
+from tidar.kernels.weights import KINDS, quantise
 from tidar.layout import step_layout
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -102,6 +103,12 @@ def one_round(chance: random.Random, dtype: torch.dtype) -> None:
     wanted = linear.linear_eager(x.double(), weight.double())[0]
     close(linear.linear(x, weight, tiling).double().sum(0), wanted, dtype, f"linear {what} {tiling}")
     close(linear.linear(x, weight).double().sum(0), wanted, dtype, f"linear {what}")
+    for kind in KINDS:
+        numbers = quantise(weight, kind)
+        wanted = linear.linear_eager(x.double(), numbers)[0]
+        for tiles in (tiling, None):
+            got = linear.linear(x, numbers, tiles, unrounded=chance.random() < 0.5)
+            close(got.double().sum(0), wanted, dtype, f"{kind} linear {what} {tiles}")
 
 
 def rounds(job: tuple[torch.dtype, int]) -> None:

@@ -34,11 +34,13 @@ def test_slots_are_measured_written_and_drawn(run, folder, tmp_path, monkeypatch
     monkeypatch.setattr(slots, "STEPS", ((1, 0), (4, 2)))
     out = tmp_path / "deep" / "slots-1.5b"
     options = ("--tokens", 4, "--tokens", 1, "--prefix", 8, "--prefix", 40, "--device", "cpu", "--dtype", "float32")
+    options += ("--weights", "int8")
     code, shown, _ = run("bench", "slots", "--model", folder, "--no-drafter", "--out", out, *options)
     assert code == 0
     assert "AR steps" in shown
     result = json.loads(out.with_name("slots-1.5b.json").read_text())
     assert out.with_name("slots-1.5b.png").read_bytes().startswith(b"\x89PNG")
+    assert result["weights"] == "int8"
     assert [curve["prefix"] for curve in result["curves"]] == [8, 40]
     for curve in result["curves"]:
         assert [p["tokens"] for p in curve["forward"]] == [1, 4]
@@ -77,6 +79,7 @@ def test_speed_is_measured_written_and_drawn(run, folder, tmp_path):
         ("slots", "--model", "random:nothing"),
         ("slots", "--tokens", 0),
         ("slots", "--prefix", CONTEXT),
+        ("slots", "--weights", "int3"),
         ("speed", "--prompts", "no-equals-sign"),
         ("slots", "--model", "random:smollm2-135m", "--dtype", "float13"),
         ("speed", "--prompts", "a=b.jsonl", "--repeats", 0),

@@ -137,6 +137,7 @@ BAD = {
     "chat": (["chat", "--model", "{folder}", "--temperature", "-1"], "temperature is -1"),
     "chat draft length": (["chat", "--model", "{folder}", "--draft-length", "500"], "draft length is 500"),
     "no data": (["train", "--model", "{folder}", "--output", "{tmp}/o"], "no training data"),
+    "bad weights": ([*GENERATE, "hi", "--weights", "int4"], "weights is 'int4', but must be one of int8, fp8"),
     "bad layer": ([*TRAIN, "--target", "nope"], "no linear layer is called nope"),
     "no free token": ([*TRAIN, "--objective", "paper"], "no free token"),
     "objective": ([*TRAIN, "--objective", "magic"], "objective is 'magic'"),

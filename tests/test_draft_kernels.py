@@ -13,8 +13,10 @@ from torch import Tensor
 from tidar.kernels import draft as kernels
 from tidar.kernels.judge import Judged, decide_eager, decide_fused
 from tidar.kernels.launch import triton
+from tidar.kernels.weights import KINDS, QuantWeight
 from tidar.model.network import Network
 from tidar.model.propose import CANDIDATES, fold_head, propose
+from tidar.model.quantised import quantise_model
 from tidar.model.sampler_head import SamplerHead
 from tidar.sampling import Leaves, SamplingParams, accept_greedy
 from tiny import tiny_network
@@ -107,6 +109,21 @@ def test_bias_of_the_output_embedding_counts():
     unknown = torch.full_like(first, -1)
     drafts, *_ = kernels.draft(fold_head(network), block, logits, first, unknown, CANDIDATES)
     assert drafts.equal(propose(network, block, logits, first, unknown, SamplingParams(), None).drafts)
+
+
+@runs_kernels
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_quantised_output_embedding_is_multiplied_out(kind):
+    network = grown("llama", 300)
+    quantise_model(network.lm, kind, keep_numbers=True)
+    block, logits, first = some_block(network, 2, 4)
+    walk = fold_head(network)
+    drafts, confidence = kernels.draft(walk, block, logits, first, CANDIDATES)
+    wanted = propose(network, block, logits, first, SamplingParams(), None)
+    assert isinstance(walk.embedding, QuantWeight)
+    assert drafts.equal(wanted.drafts)
+    torch.testing.assert_close(confidence, wanted.confidence, rtol=1e-3, atol=1e-5)
 
 
 @runs_kernels

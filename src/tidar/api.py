@@ -34,10 +34,16 @@ class TidarModel:
 
     @classmethod
     def from_pretrained(
-        cls, name: str, *, drafter: str | None = None, device: str | None = None, dtype: str | None = None
+        cls,
+        name: str,
+        *,
+        drafter: str | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        weights: str | None = None,
     ) -> TidarModel:
         """Load "smollm2-135m", a drafter folder, a model folder or a hub id; arguments as in `model.hub.load`."""
-        return cls(*hub.load(name, drafter=drafter, device=device, dtype=dtype))
+        return cls(*hub.load(name, drafter=drafter, device=device, dtype=dtype, weights=weights))
 
     @property
     def hf_model(self) -> PreTrainedModel:
@@ -190,8 +196,11 @@ class TidarModel:
         """Write a checkpoint that `from_pretrained` reads.
 
         A lossless conversion is its drafter folder alone (`with_base=False`, the default) or a plain Hugging Face
-        checkpoint with the drafter in `drafter/`; an all-weights model is always the whole checkpoint.
+        checkpoint with the drafter in `drafter/`; an all-weights model is always the whole checkpoint. A quantised
+        model is refused.
         """
+        if self.network.weights is not None:
+            raise TidarError("a model with quantised weights is not saved: load it without `weights` and save that")
         folder, drafter, config = Path(folder), self.network.drafter, self.network.config
         if drafter is not None and config is not None and not with_base:
             drafter.save(folder, self.base, config)

@@ -69,3 +69,9 @@ def conditions(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
+
+
+def precision(result: dict[str, Any]) -> str:
+    """The dtype of a measurement, and that of its weights if it is another."""
+    dtype = str(result["conditions"]["dtype"])
+    return dtype if result.get("weights") is None else f"{dtype}, {result['weights']} weights"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tidar.config import TidarConfig
@@ -11,6 +12,7 @@ from tidar.errors import TidarError
 from tidar.model import attention, hub
 from tidar.model.drafter import Drafter, DrafterSpec
 from tidar.model.network import Network
+from tidar.model.quantised import check_kind
 
 RANDOM: dict[str, tuple[str, dict[str, Any]]] = {
     "random:qwen3-8b": (
@@ -55,14 +57,14 @@ RANDOM: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def build(name: str, drafter: bool, device: str | None, dtype: str | None) -> Network:
+def build(name: str, drafter: bool, device: str | None, dtype: str | None, weights: str | None = None) -> Network:
     """A network to time, for text it may never see.
 
     Args:
         name: anything `model.hub.load` takes, or a key of RANDOM.
         drafter: with a gated drafter (a lossless conversion); without one, masks are a vocabulary entry (the paper's
             all-weights conversion). For a real model that has a drafter, False takes it away.
-        device, dtype: as in `hub.load`.
+        device, dtype, weights: as in `hub.load`.
 
     Raises:
         TidarError: for an unknown name.
@@ -70,10 +72,12 @@ def build(name: str, drafter: bool, device: str | None, dtype: str | None) -> Ne
     if name not in RANDOM:
         if name.startswith("random:"):
             raise TidarError(f"{name} is not known; there are {', '.join(RANDOM)}")
-        network, _, _ = hub.load(name, drafter=None if drafter else "none", device=device, dtype=dtype)
+        stored = None if drafter else "none"
+        network, _, _ = hub.load(name, drafter=stored, device=device, dtype=dtype, weights=weights)
         if not drafter:
             network.config = TidarConfig(8, "paper", mask_token_id=0)
         return network
+    check_kind(weights)
     kind, sizes = RANDOM[name]
     place = hub.resolve_device(device)
     precision = hub.resolve_dtype(dtype, place)
@@ -83,14 +87,25 @@ def build(name: str, drafter: bool, device: str | None, dtype: str | None) -> Ne
     network = Network(lm.eval().requires_grad_(False), config=TidarConfig(8, "paper", mask_token_id=0))
     if drafter:
         network.drafter, network.config = Drafter(lm, DrafterSpec()).to(place, precision), TidarConfig(8)
+    if weights is not None:
+        network.quantise(weights)
     return network
 
 
 def weight_bytes(network: Network) -> int:
-    """Bytes of weights that one forward reads: every layer and the output embedding, not the input embedding."""
-    backbone = sum(p.numel() * p.element_size() for n, p in network.backbone.named_parameters() if "embed" not in n)
-    head = network.lm.get_output_embeddings().weight
-    return backbone + head.numel() * head.element_size()
+    """Bytes of weights that one forward reads, as they are kept."""
+    return sum(p.nbytes for p in _read(network))
+
+
+def weight_count(network: Network) -> int:
+    """Numbers in the weights that one forward reads."""
+    return sum(p.numel() for p in _read(network))
+
+
+def _read(network: Network) -> list[Tensor]:
+    """Every layer and the output embedding, not the input embedding."""
+    layers = [p for name, p in network.backbone.named_parameters() if "embed" not in name]
+    return [*layers, *network.lm.get_output_embeddings().parameters()]
 
 
 def cache_bytes(network: Network, tokens: int) -> int:

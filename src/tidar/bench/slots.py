@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from tidar.bench import machine
-from tidar.bench.shapes import cache_bytes, weight_bytes
+from tidar.bench.shapes import cache_bytes, weight_bytes, weight_count
 from tidar.decode.cache import RowCache
 from tidar.decode.runner import runner_for
 from tidar.decode.step import Plan
@@ -81,7 +81,7 @@ def measure(network: Network, name: str, tokens: Sequence[int], prefixes: Sequen
         points = []
         for count in tokens:
             seconds = forward_seconds(network, count, prefix, rows)
-            products = 2 * weights / dtype.itemsize * count * rows
+            products = 2 * weight_count(network) * count * rows
             points.append(
                 {
                     "tokens": count,
@@ -111,6 +111,7 @@ def measure(network: Network, name: str, tokens: Sequence[int], prefixes: Sequen
     return {
         "conditions": machine.conditions(device, dtype),
         "model": name,
+        "weights": network.weights,
         "drafter": network.drafter.spec._asdict() if network.drafter is not None else None,
         "rows": rows,
         "read_bandwidth_gb_per_s": round(bandwidth / 1e9, 1),
@@ -140,7 +141,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axes.set_ylabel("milliseconds")
     first, conditions = result["curves"][0]["forward"][0], result["conditions"]
     axes.set_title(
-        f"{result['model']}, {conditions['device']}, {conditions['dtype']}, batch {result['rows']}\n"
+        f"{result['model']}, {conditions['device']}, {machine.precision(result)}, batch {result['rows']}\n"
         f"1 token: {first['ms']:.2f} ms, {first['gb_per_s']:,.0f} GB/s of {result['read_bandwidth_gb_per_s']:,.0f}",
         fontsize=9,
     )

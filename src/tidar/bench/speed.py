@@ -76,7 +76,10 @@ def _until(tokens: list[int], eos: set[int]) -> list[int]:
 
 
 def contestants(model: TidarModel, peers: bool) -> dict[str, Runner]:
-    """What is compared; prompt lookup decodes one row at a time."""
+    """What is compared; prompt lookup decodes one row at a time.
+
+    No peers run quantised weights: transformers' layers would multiply them out at every step, which nobody wants.
+    """
     trained = model.config.block_size if model.config is not None else 8
     runs = {"ar": ours(model, mode="ar"), "tidar auto": ours(model)}
     if model.network.can_draft:
@@ -84,7 +87,7 @@ def contestants(model: TidarModel, peers: bool) -> dict[str, Runner]:
         runs[f"tidar K={trained}, 3 outcomes"] = ours(model, draft_length=trained, outcomes=3)
     else:
         del runs["tidar auto"]
-    if peers:
+    if peers and model.network.weights is None:
         runs["transformers generate"] = transformers_generate(model)
         if model.network.device.type == "cuda":
             runs["transformers static cache + compile"] = transformers_generate(model, cache_implementation="static")
@@ -154,6 +157,7 @@ def measure(
         "conditions": machine.conditions(network.device, network.lm.dtype)
         | {"template": "chat", "temperature": 0, "max_new_tokens": new, "repeats": repeats},
         "model": name,
+        "weights": network.weights,
         "rows": rows,
     }
 
@@ -172,8 +176,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
         _bars(axes[0][column], name, [r for r in mine if r["batch"] == batches[0]])
         if panels > 1:
             _lines(axes[1][column], mine)
-    conditions = result["conditions"]
-    figure.suptitle(f"{result['model']}, {conditions['device']}, {conditions['dtype']}, greedy", fontsize=10)
+    device = result["conditions"]["device"]
+    figure.suptitle(f"{result['model']}, {device}, {machine.precision(result)}, greedy", fontsize=10)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 

@@ -32,13 +32,14 @@ def bench_slots(
     drafter: Annotated[bool, typer.Option(help="Time steps with the gated drafter.")] = True,
     device: o.Device = None,
     dtype: o.Dtype = None,
+    weights: o.Weights = None,
 ) -> None:
     """Draw the free-token-slots curve: latency against tokens in one forward."""
     prefixes, counts = prefix or [256, 1024], sorted(set(tokens or TOKENS))
     if min(*prefixes, *counts, batch) < 1:
         raise TidarError("tokens, prefix and batch must be at least 1")
     _writable(out)
-    network = shapes.build(model, drafter, device, dtype)
+    network = shapes.build(model, drafter, device, dtype, weights)
     limit = network.max_positions
     if limit is not None and max(prefixes) + max(counts) > limit:
         raise TidarError(f"{max(prefixes)} + {max(counts)} tokens exceed the model's context of {limit}")
@@ -64,10 +65,13 @@ def bench_speed(
     batch: Annotated[list[int] | None, typer.Option(help="Batch sizes (repeatable) [default: 1 4 16 64].")] = None,
     max_new_tokens: o.MaxNewTokens = 128,
     repeats: Annotated[int, typer.Option(help="Timed passes; the median counts.")] = 3,
-    peers: Annotated[bool, typer.Option(help="Also time transformers' generate and prompt lookup.")] = True,
+    peers: Annotated[
+        bool, typer.Option(help="Also time transformers' generate and prompt lookup (not with --weights).")
+    ] = True,
     peer_prompts: Annotated[int, typer.Option(help="Prompts that peers answer; they are slow.")] = 8,
     device: o.Device = None,
     dtype: o.Dtype = None,
+    weights: o.Weights = None,
 ) -> None:
     """Measure decoding, TiDAR against AR and peers, in one run."""
     batches = batch or [1, 4, 16, 64]
@@ -75,7 +79,7 @@ def bench_speed(
         raise TidarError("batch, repeats and peer-prompts must be at least 1")
     _writable(out)
     sets = dict(map(read_set, prompts))
-    loaded = o.load(model, drafter, device, dtype)
+    loaded = o.load(model, drafter, device, dtype, weights)
     result = speed.measure(loaded, model, sets, batches, max_new_tokens, repeats, peers, peer_prompts)
     _write(result, out)
     speed.plot(result, _named(out, ".png"))

@@ -27,9 +27,10 @@ def chat(
     trust: o.Trust = 1.0,
     device: o.Device = None,
     dtype: o.Dtype = None,
+    weights: o.Weights = None,
 ) -> None:
     """Chat with a model. An empty line is ignored; Ctrl-D or /exit ends the session, /new starts a new one."""
-    loaded = o.load(model, drafter, device, dtype)
+    loaded = o.load(model, drafter, device, dtype, weights)
     if loaded.tokenizer is None or loaded.tokenizer.chat_template is None:
         raise TidarError(f"{model} has no chat template, so it cannot chat; use `tidar generate --raw`")
     settings: dict[str, Any] = {

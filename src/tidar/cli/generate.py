@@ -36,6 +36,7 @@ def generate(
     trust: o.Trust = 1.0,
     device: o.Device = None,
     dtype: o.Dtype = None,
+    weights: o.Weights = None,
     batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 8,
     raw: Annotated[bool, typer.Option("--raw", help="Send the text as it is, without the chat template.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout, nothing else.")] = False,
@@ -62,7 +63,7 @@ def generate(
         "trust": trust,
         "raw": raw,
     }
-    loaded = o.load(model, drafter, device, dtype)
+    loaded = o.load(model, drafter, device, dtype, weights)
     if prompt is not None and not as_json:
         _stream(loaded, prompt, settings)
         return

@@ -28,10 +28,16 @@ Remeasure = Annotated[bool, typer.Option("--remeasure", help="Measure this machi
 Trust = Annotated[float, typer.Option(help="Beta: 1 judges by AR logits (exact), 0 by diffusion logits.")]
 Device = Annotated[str | None, typer.Option(help="Torch device [default: the GPU if there is one].")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 [default: bfloat16 on a GPU].")]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        help="int8 or fp8: quantise the base weights; half the bytes on CUDA, elsewhere only rounded: no faster."
+    ),
+]
 
 
-def load(model: str, drafter: str | None, device: str | None, dtype: str | None) -> TidarModel:
+def load(model: str, drafter: str | None, device: str | None, dtype: str | None, weights: str | None) -> TidarModel:
     """Load quietly: stdout belongs to the answer."""
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
-    return TidarModel.from_pretrained(model, drafter=drafter, device=device, dtype=dtype)
+    return TidarModel.from_pretrained(model, drafter=drafter, device=device, dtype=dtype, weights=weights)

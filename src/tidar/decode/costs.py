@@ -139,6 +139,7 @@ def _description(network: Network) -> dict[str, Any]:
         "model": {name: config.get(name) for name in (*sizes, "num_key_value_heads")},
         "drafter": drafter,
         "dtype": str(network.lm.dtype),
+        "weights": network.weights,
         "torch": torch.__version__,
         "tidar": __version__,
     }

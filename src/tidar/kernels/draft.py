@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tidar.kernels.launch import options, prefetch, tl, triton
+from tidar.kernels.weights import QuantWeight
 
 EPS = 1e-2
 """Of the sampler head's norms."""
@@ -58,7 +59,7 @@ class Walk:
     corrections: Tensor
     mixing: Tensor
     factor: Tensor
-    embedding: Tensor
+    embedding: Tensor | QuantWeight
     bias: Tensor | None
 
 
@@ -69,18 +70,22 @@ def fold(
     state_in: Tensor,
     out: Tensor,
     embed: Callable[[Tensor], Tensor],
-    embedding: Tensor,
+    embedding: Tensor | QuantWeight,
     bias: Tensor | None,
+    kind: torch.dtype,
 ) -> Walk:
-    """The walk of a sampler head with these weights; `embed` gives input embeddings, `embedding` is the output's."""
-    kind, vocabulary = embedding.dtype, len(embedding)
-    tokens = embedding.new_empty(vocabulary, len(token_in))
-    corrections = embedding.new_empty(vocabulary, out.shape[1])
+    """The walk of a sampler head with these weights, in the dtype `kind`.
+
+    `embed` gives input embeddings, `embedding` is the output's.
+    """
+    vocabulary = len(embedding)
+    tokens = token_in.new_empty(vocabulary, len(token_in), dtype=kind)
+    corrections = token_in.new_empty(vocabulary, out.shape[1], dtype=kind)
     for start in range(0, vocabulary, ROWS):
-        rows = torch.arange(start, min(start + ROWS, vocabulary), device=embedding.device)
+        rows = torch.arange(start, min(start + ROWS, vocabulary), device=token_in.device)
         embedded = embed(rows)
         tokens[rows] = F.linear(F.rms_norm(embedded, embedded.shape[-1:], eps=EPS), token_in.to(kind))
-        corrections[rows] = embedding[rows] @ out.to(kind)
+        corrections[rows] = embedding[rows].to(kind) @ out.to(kind)
     factor = torch.linalg.qr(out.float(), mode="r").R.to(kind).contiguous()
     mixing = (state_in.float() @ out.float()).to(kind)
     return Walk(hidden_in.to(kind), tokens, corrections, mixing, factor, embedding, bias)
@@ -116,11 +121,15 @@ def candidates(walk: Walk, block: Tensor, logits: Tensor, count: int) -> tuple[T
     ids = logits.new_empty(batch, length - 1, count, dtype=torch.int32)
     scores = logits.new_empty(batch, length - 1, count, dtype=torch.float32)
     share = min(8, groups)
+    embedding, scale = walk.embedding, None
+    if isinstance(embedding, QuantWeight):
+        embedding, scale = embedding.values, embedding.scale
     _merge_groups[(groups // share, rows, 2)](
         keys,
         block,
-        walk.embedding,
-        walk.bias if walk.bias is not None else walk.embedding,
+        embedding,
+        scale if scale is not None else embedding,
+        walk.bias if walk.bias is not None else embedding,
         walk.tokens,
         walk.corrections,
         ids,
@@ -135,6 +144,7 @@ def candidates(walk: Walk, block: Tensor, logits: Tensor, count: int) -> tuple[T
         KEYS=triton.next_power_of_2(2 * chunks),
         BLOCK=min(512, triton.next_power_of_2(hidden)),
         BIAS=walk.bias is not None,
+        SCALED=scale is not None,
         LINES=triton.next_power_of_2(triton.cdiv(2 * width, 64)),
         num_warps=4,
         **options(logits.device),
@@ -315,6 +325,7 @@ if triton is not None:
         keys,
         block,
         embedding,
+        scales,
         bias,
         tokens,
         corrections,
@@ -330,6 +341,7 @@ if triton is not None:
         KEYS: tl.constexpr,
         BLOCK: tl.constexpr,
         BIAS: tl.constexpr,
+        SCALED: tl.constexpr,
         LINES: tl.constexpr,
         PDL: tl.constexpr,
     ):
@@ -355,6 +367,8 @@ if triton is not None:
             e = tl.load(embedding + id[:, None] * H + (at + column)[None, :], mask=inside[None, :], other=0.0)
             total += e.to(tl.float32) * h[None, :]
         score = tl.sum(total, 1)
+        if SCALED:
+            score *= tl.load(scales + id)
         if BIAS:
             score += tl.load(bias + id).to(tl.float32)
         at = (row * 2 + rank) * GROUPS + group

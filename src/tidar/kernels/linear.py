@@ -2,7 +2,8 @@
 
 The weight tile is the tall operand of the matrix product and the rows are its narrow one, in one or two accumulators
 (64 + 16 rows for 72 slots, 256 + 16 for 272), because tensor-core tiles are powers of two and slots are not. The first
-weight tiles are fetched into L2 before the kernel waits for its input.
+weight tiles are fetched into L2 before the kernel waits for its input. Weights of eight bits (see weights.py) become
+x's dtype on their way to the tensor cores, which is exact, and the sums are multiplied by their row's scale.
 """
 
 from __future__ import annotations
@@ -14,6 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tidar.kernels.launch import options, prefetch, tl, triton
+from tidar.kernels.weights import QuantWeight
+
+CACHE_LINE = 128
+"""Bytes that are fetched together."""
 
 
 class Tiling(NamedTuple):
@@ -26,41 +31,45 @@ class Tiling(NamedTuple):
     stages: int
 
 
-def linear_eager(x: Tensor, weight: Tensor) -> Tensor:
+def linear_eager(x: Tensor, weight: Tensor | QuantWeight) -> Tensor:
     """[1, T, N]: x [T, K] times weight [N, K] transposed, as one partial sum."""
-    return F.linear(x, weight)[None]
+    return F.linear(x, weight.to(x.dtype))[None]
 
 
-def linear(x: Tensor, weight: Tensor, tiling: Tiling | None = None, unrounded: bool = False) -> Tensor:
+def linear(x: Tensor, weight: Tensor | QuantWeight, tiling: Tiling | None = None, unrounded: bool = False) -> Tensor:
     """Partial sums [split, T, N] of x [T, K] times weight [N, K] transposed; whoever reads them adds them up.
 
     With split 1 the result has x's dtype, unless it is asked for `unrounded`; else it is float32.
     """
     tokens, inner = x.shape
     out = weight.shape[0]
+    values, scale = (weight.values, weight.scale) if isinstance(weight, QuantWeight) else (weight, None)
     if tiling is None and x.dtype != torch.float32:  # float32 is for checking, and its tiles would not fit
-        tiling = choose(tokens, out, inner)
+        tiling = choose(tokens, out, inner) if scale is None else choose_quantised(tokens, out, inner)
     if tiling is None:
         if unrounded and x.is_cuda and x.dtype != torch.float32:
-            return torch.mm(x, weight.t(), out_dtype=torch.float32)[None]
+            return torch.mm(x, weight.to(x.dtype).t(), out_dtype=torch.float32)[None]
         return linear_eager(x, weight)
     first, second = tile_rows(tokens)
     whole = tiling.split == 1 and not unrounded
     y = x.new_empty(tiling.split, tokens, out, dtype=x.dtype if whole else torch.float32)
     _linear[(triton.cdiv(out, tiling.rows), tiling.split)](
         x,
-        weight,
+        values,
+        scale if scale is not None else values,
         y,
         tokens,
         out,
         inner,
         tiling.split,
         x.stride(0),
-        weight.stride(0),
+        values.stride(0),
         BN=tiling.rows,
         BK=tiling.columns,
         T1=first,
         T2=second,
+        SCALED=scale is not None,
+        LINES=max(1, tiling.columns * values.element_size() // CACHE_LINE),
         num_warps=tiling.warps,
         num_stages=tiling.stages,
         **options(x.device),
@@ -83,14 +92,26 @@ def choose(tokens: int, out: int, inner: int) -> Tiling | None:
 
     Small weights need more programs than they have tiles of rows, so their columns are split.
     """
-    rows, columns = 64, 128
-    tiles = -(-out // rows)
-    if tokens > 128 or (tokens > 16 and tiles > 128):
+    if tokens > 128 or (tokens > 16 and out > 128 * 64):
         return None
+    return Tiling(64, 128, _split(tokens, -(-out // 64), inner), 4, 4)
+
+
+def choose_quantised(tokens: int, out: int, inner: int) -> Tiling | None:
+    """The same for weights of eight bits; None from where they are better multiplied out for cuBLAS, as in prefills."""
+    if tokens > 272:
+        return None
+    if tokens > 128:  # rows of weights for two groups of warps, so that the sums fit their registers
+        return Tiling(128, 64, _split(tokens, -(-out // 128), inner), 8, 4)
+    return Tiling(64, 128, _split(tokens, -(-out // 64), inner), 4, 4)
+
+
+def _split(tokens: int, tiles: int, inner: int) -> int:
+    """Into how many programs a tile of weight rows is divided, so that there is work for the whole GPU."""
     split = 1
     while split < 8 and tiles * split < (256 if tokens <= 16 else 96) and inner >= 2 * split * 256:
         split *= 2
-    return Tiling(rows, columns, split, 4, 4)
+    return split
 
 
 if triton is not None:
@@ -99,6 +120,7 @@ if triton is not None:
     def _linear(
         x,
         w,
+        scales,
         y,
         tokens,
         out,
@@ -110,6 +132,8 @@ if triton is not None:
         BK: tl.constexpr,
         T1: tl.constexpr,
         T2: tl.constexpr,
+        SCALED: tl.constexpr,
+        LINES: tl.constexpr,
         PDL: tl.constexpr,
     ):
         n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -121,8 +145,11 @@ if triton is not None:
         w_row = w + n[:, None].to(tl.int64) * stride_w
         if PDL:
             tl.extra.cuda.gdc_launch_dependents()
-            line = begin + tl.arange(0, BK // 64) * 64
+            line = begin + tl.arange(0, LINES) * (BK // LINES)
             prefetch(w_row + line[None, :], (n[:, None] < out) & (line[None, :] < end), w)
+        if SCALED:
+            scale = tl.load(scales + n, mask=n < out, other=0.0)
+        if PDL:
             tl.extra.cuda.gdc_wait()
         t1 = tl.arange(0, T1)
         first = tl.zeros((BN, T1), tl.float32)
@@ -135,10 +162,14 @@ if triton is not None:
             inside = at + k < end
             tile = tl.load(w_row + (at + k)[None, :], mask=(n[:, None] < out) & inside[None, :], other=0.0)
             rows = tl.load(x1 + (at + k)[None, :], mask=(t1[:, None] < tokens) & inside[None, :], other=0.0)
-            first = tl.dot(tile, tl.trans(rows), first, input_precision="ieee")
+            first = tl.dot(tile.to(rows.dtype), tl.trans(rows), first, input_precision="ieee")
             if T2:
                 rows = tl.load(x2 + (at + k)[None, :], mask=(t2[:, None] < tokens) & inside[None, :], other=0.0)
-                second = tl.dot(tile, tl.trans(rows), second, input_precision="ieee")
+                second = tl.dot(tile.to(rows.dtype), tl.trans(rows), second, input_precision="ieee")
+        if SCALED:
+            first *= scale[:, None]
+            if T2:
+                second *= scale[:, None]
         y += part.to(tl.int64) * tokens * out
         at1 = y + t1[None, :] * out + n[:, None]
         tl.store(at1, first.to(y.dtype.element_ty), mask=(t1[None, :] < tokens) & (n[:, None] < out))

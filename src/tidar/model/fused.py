@@ -20,8 +20,10 @@ from tidar.kernels.launch import available
 from tidar.kernels.linear import linear, linear_eager
 from tidar.kernels.norm import LowRank
 from tidar.kernels.rotary import Heads
+from tidar.kernels.weights import QuantWeight, quantise, stack
 from tidar.layout import Layout
 from tidar.model.gated_lora import GatedLinear
+from tidar.model.quantised import move_weight, stored_weight
 
 MOST_TURNS = 1 << 18
 """Positions in a table of rotary angles; 134 MB in 16 bits at head dimension 128."""
@@ -34,12 +36,12 @@ MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 class Projection:
     """Linear layers that read the same input, as one: weight [N + R, K], A(x) in the last R columns."""
 
-    weight: Tensor
+    weight: Tensor | QuantWeight
     width: int
     bias: Tensor | None
     low_rank: LowRank | None
 
-    def seen_by(self, masks: bool) -> Tensor:
+    def seen_by(self, masks: bool) -> Tensor | QuantWeight:
         """The weight that a forward needs: A only where there are masks."""
         return self.weight if masks else self.weight[: self.width]
 
@@ -116,7 +118,8 @@ class FusedBackbone:
     def head(self, hidden: Tensor, output: nn.Linear) -> Tensor:
         """Logits [..., V] of hidden [..., H], float32: rounded to bfloat16, the likeliest tokens would often tie."""
         rows = hidden.reshape(-1, hidden.shape[-1])
-        logits = linear(rows, output.weight, unrounded=True) if self.kernels else linear_eager(rows, output.weight)
+        weight = stored_weight(output)
+        logits = linear(rows, weight, unrounded=True) if self.kernels else linear_eager(rows, weight)
         logits = logits.sum(0) if len(logits) > 1 else logits[0]
         if output.bias is not None:
             logits = logits + output.bias
@@ -213,22 +216,35 @@ def _fuse_layer(layer: Any) -> FusedLayer:
 @torch.no_grad()
 def _fuse(linears: list[nn.Linear]) -> Projection:
     """Stack the layers' weights, then their LoRA A; B becomes one block-diagonal matrix."""
-    weight = linears[0].weight
+    like = linears[0].weight
     adapted = [x for x in linears if isinstance(x, GatedLinear)]
     rank = max((x.lora_A.out_features for x in adapted), default=0)
     width = sum(x.out_features for x in linears)
-    stacked = weight.new_zeros(width + rank * len(linears), weight.shape[1])
-    b = weight.new_zeros(rank * len(linears), width)
+    a = like.new_zeros(rank * len(linears), like.shape[1])
+    b = like.new_zeros(rank * len(linears), width)
     start = 0
     for index, x in enumerate(linears):
         end = start + x.out_features
-        stacked[start:end] = x.weight
-        x.weight.data = stacked[start:end]  # the same Parameter, which an optimizer may hold
         if isinstance(x, GatedLinear):
             at = slice(rank * index, rank * (index + 1))
-            stacked[width:][at] = x.lora_A.weight
+            a[at] = x.lora_A.weight
             b[at, start:end] = x.lora_B.weight.T * x.scaling
         start = end
-    biases: list[Tensor] = [x.bias if x.bias is not None else weight.new_zeros(x.out_features) for x in linears]
+    biases: list[Tensor] = [x.bias if x.bias is not None else like.new_zeros(x.out_features) for x in linears]
     bias = None if all(x.bias is None for x in linears) else torch.cat(biases)
-    return Projection(stacked, width, bias, LowRank(b, width) if rank else None)
+    return Projection(_stacked(linears, a), width, bias, LowRank(b, width) if rank else None)
+
+
+def _stacked(linears: list[nn.Linear], a: Tensor) -> Tensor | QuantWeight:
+    """The layers' weights over a [R, K], which is quantised if they are; theirs become views of the result."""
+    weights = [stored_weight(x) for x in linears]
+    whole: Tensor | QuantWeight
+    if isinstance(weights[0], QuantWeight):
+        whole = stack([*weights, quantise(a, weights[0].kind)])  # type: ignore[list-item]
+    else:
+        whole = torch.cat([*weights, a])  # type: ignore[list-item]
+    start = 0
+    for x in linears:
+        move_weight(x, whole[start : start + x.out_features])
+        start += x.out_features
+    return whole

@@ -21,6 +21,7 @@ from tidar.model.drafter import CONFIG_FILE, Drafter, StoredDrafter, read_drafte
 from tidar.model.fused import fusable
 from tidar.model.network import Network
 from tidar.model.packed import fast_bfloat16
+from tidar.model.quantised import check_kind
 
 SHIPPED = Path(__file__).parent.parent / "drafters"
 SMOLLM2 = "smollm2-135m"
@@ -37,7 +38,14 @@ class Loaded(NamedTuple):
     base: str
 
 
-def load(name: str, *, drafter: str | None = None, device: str | None = None, dtype: str | None = None) -> Loaded:
+def load(
+    name: str,
+    *,
+    drafter: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    weights: str | None = None,
+) -> Loaded:
     """Load a causal LM and, where there is one, its drafter.
 
     Args:
@@ -46,10 +54,13 @@ def load(name: str, *, drafter: str | None = None, device: str | None = None, dt
         device: torch device, default the GPU if there is one.
         dtype: "float32", "bfloat16" or "float16"; default bfloat16 on a GPU, and on a CPU that computes in it where
             this model is one that packed.py makes fast; float32 elsewhere.
+        weights: "int8" or "fp8" quantises the base weights (see `Network.quantise`); activations, embeddings, norms and
+            the drafter keep their dtype.
 
     Raises:
         TidarError: if nothing by that name can be loaded, or the model cannot work as a TiDAR model.
     """
+    check_kind(weights)
     place, precision = resolve_device(device), resolve_dtype(dtype, resolve_device(device))
     stored = read_drafter_config(Path(name))
     if stored is None and drafter is None:
@@ -77,6 +88,8 @@ def load(name: str, *, drafter: str | None = None, device: str | None = None, dt
         network.drafter, network.config = Drafter(lm, stored.spec), stored.config
         network.drafter.load(stored.folder)
         network.drafter.to(precision)
+    if weights is not None:
+        network.quantise(weights)
     probe(name, network.eval())
     tokenizer = _tokenizer(folder)
     if tokenizer is not None and tokenizer.eos_token_id is not None:

@@ -7,14 +7,16 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.utils.parametrize import type_before_parametrizations
 from transformers import PreTrainedModel
 
 from tidar.config import TidarConfig
 from tidar.errors import TidarError
 from tidar.layout import Layout
 from tidar.model.drafter import Drafter
-from tidar.model.fused import FusedBackbone, fuse
+from tidar.model.fused import FusedBackbone, fusable, fuse
 from tidar.model.packed import PackedBackbone
+from tidar.model.quantised import check_kind, kernel_reads, quantise_model
 
 
 class Network(nn.Module):
@@ -24,6 +26,7 @@ class Network(nn.Module):
         lm: the causal LM (its `attn_implementation` must be "tidar").
         drafter: the gated drafter of a lossless conversion; None for an all-weights or a plain model.
         config: how it was converted; None for a plain causal LM, which can only decode autoregressively.
+        weights: what the base weights are quantised to, "int8" or "fp8"; None for what they were.
         fused: the backbone as few large kernels (see fused.py; packed.py on a CPU), used by forwards over a row cache.
         fused_from: the network's `state()` that it was built from.
         runner: captured steps, kept between runs (see decode/runner.py).
@@ -32,6 +35,7 @@ class Network(nn.Module):
     def __init__(self, lm: PreTrainedModel, drafter: Drafter | None = None, config: TidarConfig | None = None) -> None:
         super().__init__()
         self.lm, self.drafter, self.config = lm, drafter, config
+        self.weights: str | None = None
         self.fused: FusedBackbone | PackedBackbone | None = None
         self.fused_from: object | None = None
         self.runner: object | None = None
@@ -58,11 +62,24 @@ class Network(nn.Module):
     @property
     def vocabulary(self) -> int:
         """Rows of the output embedding."""
-        return int(self.lm.get_output_embeddings().weight.shape[0])
+        return int(self.lm.get_output_embeddings().out_features)
 
     @property
     def backbone(self) -> nn.Module:
         return self.lm.get_submodule(self.lm.base_model_prefix)
+
+    def quantise(self, weights: str) -> None:
+        """Quantise the base weights to "int8" or "fp8", in place; install the drafter before.
+
+        Where our kernel streams such numbers (a Llama-like model on a GPU), they replace the weights; elsewhere the
+        weights are rounded to them and stay in the model's dtype, which is the same model but no faster.
+
+        Raises:
+            TidarError: for another kind, or a model without linear layers.
+        """
+        check_kind(weights)
+        quantise_model(self.lm, weights, kernel_reads(weights, self.device) and fusable(self.backbone))
+        self.weights = weights
 
     def build_fused(self) -> FusedBackbone | PackedBackbone | None:
         """The backbone's fused twin, where it has one. It copies the drafter: build it after training."""
@@ -83,7 +100,11 @@ class Network(nn.Module):
         output = self.lm.get_output_embeddings()
         if isinstance(self.fused, PackedBackbone):
             return self.fused.head(hidden) if torch.is_inference_mode_enabled() else output(hidden)
-        if self.fused is not None and type(output) is nn.Linear and torch.is_inference_mode_enabled():
+        if (
+            self.fused is not None
+            and type_before_parametrizations(output) is nn.Linear
+            and torch.is_inference_mode_enabled()
+        ):
             return self.fused.head(hidden, output)
         return output(hidden)
 

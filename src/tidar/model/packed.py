@@ -112,11 +112,13 @@ def _unstack(
     projection: Projection, parts: int, linear: type[PlainLinear]
 ) -> tuple[PlainLinear | None, list[PlainLinear]]:
     """The LoRA's A of a projection, and the projection as `parts` linear layers of equal width."""
-    weight, bias, low_rank = projection.weight[: projection.width], projection.bias, projection.low_rank
+    stacked, bias, low_rank = projection.weight, projection.bias, projection.low_rank
+    assert isinstance(stacked, Tensor), "no kernel here reads quantised numbers, so weights are rounded in place"
+    weight = stacked[: projection.width]
     biases = [None] * parts if bias is None else bias.chunk(parts)
     if low_rank is None:
         return None, [linear(w, b) for w, b in zip(weight.chunk(parts), biases, strict=True)]
-    a = linear(projection.weight[projection.width :])
+    a = linear(stacked[projection.width :])
     return a, [
         linear(w, bias, b) for w, bias, b in zip(weight.chunk(parts), biases, _blocks(low_rank, parts), strict=True)
     ]

@@ -19,6 +19,7 @@ from tidar.kernels.draft import (
 )
 from tidar.model.fused import FusedBackbone
 from tidar.model.network import Network
+from tidar.model.quantised import stored_weight
 from tidar.sampling import DraftProbs, SamplingParams, draw
 
 CANDIDATES = 128
@@ -69,7 +70,8 @@ def propose(
     state = torch.zeros_like(block[:, 0], dtype=torch.float32)
     output = network.lm.get_output_embeddings()
     if head is not None:
-        rows, bias = output.weight[candidates], output.bias[candidates] if output.bias is not None else None
+        rows = stored_weight(output)[candidates].to(block.dtype)
+        bias = output.bias[candidates] if output.bias is not None else None
     drafts, confidence, others, drawn_from = [first], list[Tensor](), list[Tensor](), list[Tensor]()
     for m in range(block.shape[1] - 1):
         score = scores[:, m]
@@ -130,6 +132,7 @@ def fold_head(network: Network) -> Walk | None:
         head.state_in.weight,
         head.out.weight,
         network.embed,
-        output.weight,
+        stored_weight(output),
         output.bias,
+        network.lm.dtype,
     )

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tidar.errors import TidarError
 from tidar.layout import Layout, chain_layout, tiled_anchors
 from tidar.model.network import Network
 from tidar.train.objective import (
@@ -47,6 +48,8 @@ class Conversion(nn.Module):
     ) -> None:
         super().__init__()
         assert network.config is not None
+        if network.weights is not None:
+            raise TidarError("a model with quantised weights does not train: load it without `weights`")
         self.network, self.weights = network, weights or LossWeights()
         network.fused = network.runner = network.fused_from = None  # they hold copies of what is about to change
         self.recompute = recompute
