@@ -10,7 +10,19 @@ from hypothesis import strategies as st
 
 from tidar.decode.costs import Costs
 from tidar.decode.engine import Engine, Limits
-from tidar.decode.planner import LOOK, LOOK_AGAIN, MARGIN, SHAPES, Acceptance, AutoPlanner, expected_tokens
+from tidar.decode.planner import (
+    LOOK,
+    LOOK_AGAIN,
+    LOOK_AGAIN_MOST,
+    MARGIN,
+    MEMORY,
+    SHAPES,
+    SHAPES_CUDA,
+    Acceptance,
+    AutoPlanner,
+    expected_tokens,
+)
+from tidar.decode.runner import Runner
 from tidar.decode.step import Plan
 from tidar.sampling import SamplingParams, likely_outcomes, outcome_probabilities
 from tiny import PROMPTS, continuations, network_of
@@ -75,9 +87,17 @@ def test_without_pruning_the_expectation_is_a_sum_of_products(survival, length):
     assert plain == pytest.approx(1)
 
 
+@pytest.mark.parametrize("ladder", [SHAPES, SHAPES_CUDA])
+def test_ladders_begin_with_plain_decoding_and_have_no_step_twice(ladder):
+    assert ladder[0] == (1, 0)
+    assert len(set(ladder)) == len(ladder)
+    assert all(Plan(length, outcomes=blocks).blocks == blocks for length, blocks in ladder)
+    assert max(length for length, _ in ladder) == AutoPlanner(SamplingParams()).longest.draft_length
+
+
 def planner_with(costs: dict[tuple[int, int], float]) -> AutoPlanner:
     planner = AutoPlanner(SamplingParams())
-    planner.costs = {1: [(plan, costs[plan.draft_length, plan.blocks]) for plan in planner.plans]}
+    planner.costs = {1: [(Plan(length, outcomes=blocks), cost) for (length, blocks), cost in costs.items()]}
     return planner
 
 
@@ -97,23 +117,79 @@ def test_the_best_plan_is_chosen_by_brute_force(slope, rate, noise):
         assert not chosen.drafting
 
 
-def test_plain_decoding_where_drafts_do_not_pay_with_a_look_now_and_then():
+def looks(plans: list[Plan]) -> list[tuple[bool, int]]:
+    """Runs of equal kind: (drafting, forwards)."""
+    return [(drafting, len(list(run))) for drafting, run in itertools.groupby(plan.drafting for plan in plans)]
+
+
+def test_plain_decoding_where_drafts_do_not_pay_with_rarer_and_rarer_looks():
     planner = planner_with({shape: 1.0 if shape[0] == 1 else 10.0 for shape in SHAPES})
-    plans = [planner.choose(1) for _ in range(3 * (LOOK_AGAIN + LOOK))]
-    assert not any(plan.drafting for plan in plans[: LOOK_AGAIN - 1])
-    assert 0 < sum(plan.drafting for plan in plans) <= 3 * LOOK
+    wanted, pause = [], LOOK_AGAIN
+    while sum(count for _, count in wanted) < 6000:
+        wanted += [(False, pause), (True, LOOK)]
+        pause = min(2 * pause, LOOK_AGAIN_MOST)
+    total = sum(count for _, count in wanted)
+    assert looks([planner.choose(1) for _ in range(total)]) == wanted
+    assert (False, LOOK_AGAIN_MOST) in wanted
+
+
+def test_a_look_that_finds_good_drafts_ends_plain_decoding():
+    planner = planner_with({(1, 0): 1.0, (8, 8): 2.0})
+    planner.acceptance.stood = [0.0] * 15
+    assert looks([planner.choose(1) for _ in range(LOOK_AGAIN)]) == [(False, LOOK_AGAIN)]
+    for _ in range(40):
+        plan = planner.choose(1)
+        assert plan.drafting
+        planner.observe([8] * 64, [8] * 64)
+
+
+def test_a_running_plan_is_left_only_for_a_much_better_one():
+    planner = planner_with({(1, 0): 1.0, (8, 8): 1.2, (4, 4): 1.2})
+    planner.acceptance.stood = list(planner.acceptance.tried)  # all drafts stand
+    assert planner.choose(1).draft_length == 8
+    for better, wanted in ((1.04, 8), (1.06, 4)):
+        cost = 1.2 * 4 / 8 / better
+        planner.costs[1] = [(plan, cost if plan.draft_length == 4 else old) for plan, old in planner.costs[1]]
+        assert planner.best(1).draft_length == wanted
+    # Plain decoding needs no margin to be returned to.
+    planner.costs[1] = [(plan, 9.0 if plan.drafting else 1.0) for plan, _ in planner.costs[1]]
+    assert not planner.best(1).drafting
+
+
+def test_another_batch_size_is_another_choice():
+    planner = planner_with({(1, 0): 1.0, (8, 8): 1.1})
+    planner.costs[2] = [(plan, 100.0 if plan.drafting else 1.0) for plan, _ in planner.costs[1]]
+    assert planner.choose(1).drafting
+    assert not planner.choose(2).drafting
+    assert planner.choose(1).drafting
 
 
 def test_acceptance_is_learned_and_forgotten():
     seen = Acceptance(4)
     for _ in range(300):
-        seen.observe(accepted=3, drafted=4)
+        seen.observe([3], [4])
     assert seen.survival == pytest.approx([1, 1, 0], abs=0.02)
     for _ in range(300):
-        seen.observe(accepted=1, drafted=2)
+        seen.observe([1], [2])
     assert seen.survival == pytest.approx([0, 1, 0], abs=0.02)  # what was not tried keeps its rate
-    seen.observe(accepted=1, drafted=1)
+    seen.observe([1, 1], [1, 1])
     assert seen.survival == pytest.approx([0, 1, 0], abs=0.02)
+
+
+@given(st.lists(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=9), max_size=5))
+def test_a_forward_is_observed_as_its_rows_are(forwards):
+    """Against counting draft by draft; the past fades once a forward, whatever the batch."""
+    seen = Acceptance(6)
+    tried, stood = list(seen.tried), list(seen.stood)
+    for rows in forwards:
+        rows = [(min(pair), max(pair)) for pair in rows]
+        for draft in range(5):
+            judged = [a for a, d in rows if draft < min(a, d - 1)]
+            if judged:
+                tried[draft] = tried[draft] * MEMORY + len(judged)
+                stood[draft] = stood[draft] * MEMORY + sum(a > draft + 1 for a in judged)
+        seen.observe([a for a, _ in rows], [d for _, d in rows])
+    assert (seen.tried, seen.stood) == (tried, stood)
 
 
 @settings(max_examples=10)
@@ -127,7 +203,7 @@ def test_greedy_output_does_not_depend_on_the_plan_of_any_step(shapes, arch):
         def __init__(self) -> None:
             self.shapes = itertools.cycle(shapes)
 
-        def prepare(self, network, rows):
+        def prepare(self, runner, rows):
             pass
 
         def choose(self, rows):
@@ -135,7 +211,7 @@ def test_greedy_output_does_not_depend_on_the_plan_of_any_step(shapes, arch):
             return Plan(length, outcomes=blocks)
 
         def observe(self, accepted, drafted):
-            assert 1 <= accepted <= drafted
+            assert all(1 <= a <= d for a, d in zip(accepted, drafted, strict=True))
 
     answers = {}
     for updates in Engine(network_of(arch), Scripted()).run(PROMPTS, Limits(20), 3):
@@ -146,23 +222,23 @@ def test_greedy_output_does_not_depend_on_the_plan_of_any_step(shapes, arch):
 def test_costs_are_measured_once_and_kept(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("tidar.decode.costs.cache_folder", lambda: tmp_path)
     network, plans = network_of("llama"), [Plan(1), Plan(2, outcomes=1), Plan(4, outcomes=4)]
-    first = Costs(network)
+    first = Costs(Runner(network))
     measured = first.of(plans, 2)
     first.save()
     assert measured[0][0] == plans[0]
     assert all(seconds > 0 for _, seconds in measured)
     assert "measuring" in capsys.readouterr().err
-    again = Costs(network)
+    again = Costs(Runner(network))
     assert again.of(plans, 2) == measured
     assert not again.changed
     assert not capsys.readouterr().err
     (file,) = (tmp_path / "costs").iterdir()
     assert json.loads(file.read_text())["network"]["model"]["model_type"] == "llama"
     file.write_text("{broken")
-    assert Costs(network).known == {}
+    assert Costs(Runner(network)).known == {}
     file.write_text(json.dumps({"seconds": {"2 x 1/0": 0, "2 x 2/1": float("nan"), "2 x 4/4": 0}}))
-    assert Costs(network).known == {"2 x 4/4": 0}
-    assert Costs(network_of("qwen2")).path != file
+    assert Costs(Runner(network)).known == {"2 x 4/4": 0}
+    assert Costs(Runner(network_of("qwen2"))).path != file
 
 
 def test_auto_decodes_what_generate_does():
@@ -176,7 +252,7 @@ def test_auto_decodes_what_generate_does():
 def test_costs_that_cannot_be_kept_are_no_error(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
     monkeypatch.setattr("tidar.decode.costs.cache_folder", lambda: tmp_path / "file" / "below")
-    costs = Costs(network_of("llama"))
+    costs = Costs(Runner(network_of("llama")))
     assert costs.of([Plan(1), Plan(2, outcomes=1)], 1)
     costs.save()
     assert capsys.readouterr().err.count("cannot be kept") == 1

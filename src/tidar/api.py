@@ -115,7 +115,7 @@ class TidarModel:
         engine, limits, encode = self._prepare(**options)
         ids = [encode(prompts)] if single else [_for_row(row, encode, prompt) for row, prompt in enumerate(prompts)]
         answers: dict[int, Answer] = {}
-        for updates in engine.run(ids, limits, batch_size):
+        for updates in engine.run(ids, limits, batch_size, streaming=on_update is not None):
             for update in updates:
                 answers[update.answer.row] = update.answer
                 if on_update is not None:

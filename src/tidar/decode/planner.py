@@ -9,33 +9,36 @@ not pay, and looks again now and then.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
+import numpy as np
 import torch
 
 from tidar.decode.costs import Costs
+from tidar.decode.runner import Runner, power_of_two
 from tidar.decode.step import Plan
-from tidar.model.network import Network
-from tidar.sampling import SamplingParams, likely_outcomes, outcome_probabilities
+from tidar.sampling import SamplingParams, outcome_probabilities
 
 SHAPES = (
     *((1, 0), (2, 1), (2, 2), (3, 1), (3, 2), (3, 3), (4, 1), (4, 2), (4, 3), (4, 4), (6, 2), (6, 3), (6, 4), (6, 6)),
     *((8, 1), (8, 2), (8, 3), (8, 4), (8, 5), (8, 7), (8, 8), (12, 2), (12, 4), (12, 6), (16, 2), (16, 3), (16, 4)),
     *((16, 6), (16, 7), (16, 11), (16, 15)),
 )
-"""(draft length, outcomes) that `auto` chooses from; slots land on tiles of matrix products: 64, 72, 112, 128, 256."""
+"""(draft length, outcomes) that `auto` chooses from; on a CPU every slot costs something, so small steps matter."""
+SHAPES_CUDA = (*((1, 0), (2, 2), (4, 1), (4, 2), (4, 4), (8, 1), (8, 3), (8, 7), (8, 8), (16, 3), (16, 7), (16, 15)),)
+"""On a GPU each is a graph to capture for every batch size. Slots land on tiles of matrix products: 16, 32, 64, 128."""
 PRIOR, PRIOR_WEIGHT = 0.7, 8.0
 """Acceptance of a draft before anything was seen, and how many observations that guess is worth."""
 MEMORY = 0.98
-"""Share of past observations that is kept for each new one."""
+"""Share of past observations that is kept with each new forward's."""
 THINK_AGAIN = 64
-"""Most forwards between two choices, each of which takes a few milliseconds; fewer while there is much to learn."""
-MARGIN = 1.03
-"""Drafting must promise this much more than plain decoding: both figures have errors."""
-LOOK_AGAIN = 64
-"""Plain steps between two looks at whether drafting pays after all."""
+"""Most forwards between two choices; fewer while there is much to learn."""
+MARGIN = 1.05
+"""Another plan must promise this much more than the running one, drafting as much more than plain decoding: all figures
+have errors, and a plan that is new to a batch size has its graph captured first."""
+LOOK_AGAIN, LOOK_AGAIN_MOST = 64, 1024
+"""Plain steps before the first look at whether drafting pays after all; twice as many after each look that says no."""
 LOOK = 4
-"""Forwards of such a look."""
+"""Forwards of such a look. The first judges nothing, as plain decoding left no drafts."""
 
 
 def expected_tokens(survival: Sequence[float], shapes: Sequence[tuple[int, int]]) -> list[float]:
@@ -51,26 +54,21 @@ def expected_tokens(survival: Sequence[float], shapes: Sequence[tuple[int, int]]
         shapes: K and how many of the likeliest outcomes are drafted for.
     """
     longest = max(length for length, _ in shapes)
-    lengths = torch.tensor([length for length, _ in shapes])
+    lengths = torch.tensor([length for length, _ in shapes])[:, None, None]
+    counts = torch.tensor([outcomes for _, outcomes in shapes])[:, None, None]
     accepted = torch.arange(1, longest + 1)  # j; and d, row by row
-    drafted = torch.minimum(accepted, lengths[:, None])
     chances = torch.tensor(survival[: longest - 1], dtype=torch.float64).repeat(longest, 1)
-    probabilities = torch.stack([outcome_probabilities(chances, d) for d in drafted])  # [shape, d, j]
-    moves = torch.zeros_like(probabilities)
-    for index, (length, outcomes) in enumerate(shapes):
-        if length == 1:
-            moves[index, :, 0] = 1
-            continue
-        chosen = likely_outcomes(chances, drafted[index], min(outcomes, length))
-        nearest = (chosen[:, None] <= accepted[:, None]).sum(-1) - 1
-        late = accepted - chosen.gather(1, nearest.clamp(min=0))
-        following = torch.where(nearest < 0, 1, length - late).clamp(min=1)
-        moves[index].scatter_add_(1, following - 1, probabilities[index])
-    settled = moves
-    for _ in range(6):  # 64 moves from d = 1
-        settled = settled @ settled
-    share = (settled[:, :1] + settled[:, :1] @ moves) / 2  # both phases, should it swing between two
-    return (share[:, 0] * (probabilities @ accepted.double())).sum(-1).tolist()
+    probabilities = outcome_probabilities(chances, accepted)  # [d, j]
+    rank = probabilities.argsort(1, descending=True).argsort(1)
+    chosen = torch.where(rank < counts, accepted, 0)  # [shape, d, j]: j where it is pre-drafted
+    nearest = chosen.cummax(2).values
+    following = torch.where(nearest == 0, 1, (lengths - accepted + nearest).clamp(min=1))
+    moves = torch.zeros(following.shape, dtype=torch.float64)
+    moves.scatter_add_(2, following - 1, probabilities.expand_as(moves))
+    # numpy from here on: torch wakes a team of threads even for products this small, which may take milliseconds.
+    each = np.linalg.matrix_power(moves.numpy(), 64)[:, 0]  # from d = 1
+    share = (each + np.einsum("si,sij->sj", each, moves.numpy())) / 2  # both phases, should it swing between two
+    return (share @ (probabilities * accepted).sum(1).numpy()).tolist()
 
 
 class Acceptance:
@@ -80,11 +78,18 @@ class Acceptance:
         self.tried = [PRIOR_WEIGHT] * (draft_length - 1)
         self.stood = [PRIOR_WEIGHT * PRIOR] * (draft_length - 1)
 
-    def observe(self, accepted: int, drafted: int) -> None:
-        """`accepted` drafts stood of `drafted`, both counting the first, which always does."""
-        for draft in range(min(accepted, drafted - 1)):
-            self.tried[draft] = self.tried[draft] * MEMORY + 1
-            self.stood[draft] = self.stood[draft] * MEMORY + (draft + 1 < accepted)
+    def observe(self, accepted: Sequence[int], drafted: Sequence[int]) -> None:
+        """A forward in which `accepted[b]` drafts stood of `drafted[b]`, both counting the first, which always does."""
+        judged, standing = [0] * (len(self.tried) + 1), [0] * (len(self.tried) + 1)
+        for stood, known in zip(accepted, drafted, strict=True):
+            judged[min(stood, known - 1)] += 1
+            standing[stood - 1] += 1
+        tried = stood = 0
+        for draft in reversed(range(len(self.tried))):
+            tried, stood = tried + judged[draft + 1], stood + standing[draft + 1]
+            if tried:
+                self.tried[draft] = self.tried[draft] * MEMORY + tried
+                self.stood[draft] = self.stood[draft] * MEMORY + stood
 
     @property
     def survival(self) -> list[float]:
@@ -92,7 +97,7 @@ class Acceptance:
 
 
 class AutoPlanner:
-    """Chooses among SHAPES before every forward.
+    """Chooses among the device's shapes before every forward.
 
     Args:
         params: how tokens are chosen.
@@ -100,48 +105,71 @@ class AutoPlanner:
     """
 
     def __init__(self, params: SamplingParams, remeasure: bool = False) -> None:
-        self.plans = [Plan(length, params, blocks) for length, blocks in SHAPES]
-        self.longest = replace(max(self.plans, key=lambda plan: plan.draft_length), outcomes=None)
+        self.params, self.remeasure = params, remeasure
+        self.longest = Plan(max(length for length, _ in SHAPES), params)
         self.acceptance = Acceptance(self.longest.draft_length)
-        self.remeasure = remeasure
         self.costs: dict[int, list[tuple[Plan, float]]] = {}
-        self._chosen: dict[int, Plan] = {}
-        self._age = self._plain = self._think = 0
+        self._plan = self._running = Plan(1, params)  # what to do now, and what was chosen: they differ in a look
+        self._size = self._left = self._age = 0  # batch size of the choice, forwards until the next, forwards so far
+        self._patience = LOOK_AGAIN
 
-    def prepare(self, network: Network, rows: int) -> None:
-        measured = Costs(network, self.remeasure)
+    def prepare(self, runner: Runner, rows: int) -> None:
+        measured = Costs(runner, self.remeasure)
+        shapes = SHAPES_CUDA if runner.network.device.type == "cuda" else SHAPES
+        plans = [Plan(length, self.params, blocks) for length, blocks in shapes]
         size = 1
         while size < 2 * rows:
-            self.costs[size] = measured.of(self.plans, size)
+            self.costs[size] = measured.of(plans, size)
+            # A larger batch leaves fewer slots free: what cannot pay here cannot pay there.
+            plans = [plan for plan, _ in self.costs[size]]
             size *= 2
-        self.remeasure = False
+        self._size, self.remeasure = 0, False
         measured.save()
 
-    def observe(self, accepted: int, drafted: int) -> None:
+    def observe(self, accepted: Sequence[int], drafted: Sequence[int]) -> None:
         self.acceptance.observe(accepted, drafted)
 
     def choose(self, rows: int) -> Plan:
-        size = 1 << max(0, rows - 1).bit_length()
-        if size not in self._chosen or self._age >= self._think:
-            self._chosen = {size: self.best(size)}
-            self._think = self._age + min(max(self._age, 4), THINK_AGAIN)
-        self._age += 1
-        plan = self._chosen[size]
-        if plan.drafting:
-            self._plain = 0
-            return plan
-        self._plain += 1
-        looking = self._plain % (LOOK_AGAIN + LOOK) >= LOOK_AGAIN
-        return self.best(size, drafting=True) if looking else plan
+        size = power_of_two(rows)
+        if size != self._size:
+            self._size = size
+            self._settle()
+        elif not self._left:
+            self._turn()
+        self._left, self._age = self._left - 1, self._age + 1
+        return self._plan
 
-    def best(self, rows: int, drafting: bool = False) -> Plan:
-        """The plan with the most expected tokens per second for a batch of `rows`; `drafting` leaves out the plain."""
+    def best(self, rows: int) -> Plan:
+        """The plan with the most expected tokens per second for a batch of `rows`; the running one, if hardly worse."""
+        rates = self._rates(rows)
+        plain = next(plan for plan in rates if not plan.drafting)
+        best, running = max(rates, key=lambda plan: rates[plan]), self._running
+        if running.drafting and rates[plain] < rates.get(running, 0.0) >= rates[best] / MARGIN:
+            return running
+        return best if rates[best] > MARGIN * rates[plain] else plain
+
+    def _rates(self, rows: int) -> dict[Plan, float]:
+        """Expected tokens per second of every plan that can pay."""
         costs = self.costs[rows]
         gains = expected_tokens(self.acceptance.survival, [(plan.draft_length, plan.blocks) for plan, _ in costs])
-        rates = {plan: gain / seconds for (plan, seconds), gain in zip(costs, gains, strict=True)}
-        plain = next(plan for plan in rates if not plan.drafting)
-        drafts = [plan for plan in rates if plan.drafting]
-        if not drafts:
-            return plain
-        best = max(drafts, key=lambda plan: rates[plan])
-        return best if drafting or rates[best] > MARGIN * rates[plain] else plain
+        return {plan: gain / seconds for (plan, seconds), gain in zip(costs, gains, strict=True)}
+
+    def _turn(self) -> None:
+        """What comes when a plan has had its time: after plain decoding a look at drafting, else another choice."""
+        looked = self._plan != self._running
+        if not looked and not self._running.drafting:
+            rates = {plan: rate for plan, rate in self._rates(self._size).items() if plan.drafting}
+            if rates:
+                self._plan, self._left = max(rates, key=lambda plan: rates[plan]), LOOK
+                return
+        if looked:
+            self._patience = min(2 * self._patience, LOOK_AGAIN_MOST)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Choose a plan, and for how many forwards."""
+        self._plan = self._running = self.best(self._size)
+        if self._running.drafting:
+            self._patience, self._left = LOOK_AGAIN, min(max(self._age, 4), THINK_AGAIN)
+        else:
+            self._left = self._patience
