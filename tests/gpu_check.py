@@ -72,7 +72,13 @@ def tie(network: Network, prompt: list[int], ours: list[int], theirs: list[int])
     return float((logits[theirs[place]] - logits[ours[place]]).abs())
 
 
-PLANS = (Plan(1), Plan(8), Plan(8, outcomes=3), Plan(16, outcomes=6), Plan(16), AutoPlanner(SamplingParams()))
+PLANS = (
+    Plan(1),
+    Plan(8),
+    Plan(8, outcomes=3, alternatives=16),
+    Plan(16, outcomes=6, alternatives=16),
+    AutoPlanner(SamplingParams()),
+)
 
 
 def check_parity(dtype: str, plans: Sequence[Plan | AutoPlanner] = PLANS, weights: str | None = None) -> None:
@@ -90,7 +96,9 @@ def check_parity(dtype: str, plans: Sequence[Plan | AutoPlanner] = PLANS, weight
             got, per_forward = decode(network, prompts, plan, 96, batch)
             gaps = [tie(network, *row) for row in zip(prompts, got, wanted, strict=True)]
             same = sum(a == b for a, b in zip(got, wanted, strict=True))
-            shape = f"K={plan.draft_length} outcomes={plan.blocks}" if isinstance(plan, Plan) else "auto"
+            shape = "auto"
+            if isinstance(plan, Plan):
+                shape = f"K={plan.draft_length} outcomes={plan.blocks} alternatives={plan.alternatives}"
             print(
                 f"{what} {precision} {shape} batch {batch}: {same}/{len(got)} identical, {per_forward:.2f} tokens per "
                 f"forward, largest gap where they part {max(gaps):.3f}",
@@ -122,9 +130,9 @@ def main() -> None:
     for kind in KINDS:
         check_parity("bfloat16", (Plan(1), Plan(8), Plan(16, outcomes=6)), kind)
     network = shapes.build("random:smollm2-135m", True, None, None)
-    for length, outcomes in slots.STEPS:
-        seconds = slots.step_seconds(network, Plan(length, outcomes=outcomes), 1024)
-        print(f"step K={length} outcomes={outcomes}: {seconds * 1e3:.3f} ms")
+    for length, outcomes, alternatives in slots.STEPS:
+        plan = Plan(length, outcomes=outcomes, alternatives=alternatives)
+        print(f"step {plan.slots} slots (K={length}): {slots.step_seconds(network, plan, 1024) * 1e3:.3f} ms")
     print(f"gpu check passed in {time.time() - started:.0f} s")
 
 

@@ -31,7 +31,7 @@ def run(monkeypatch, capsys):
 
 
 def test_slots_are_measured_written_and_drawn(run, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(slots, "STEPS", ((1, 0), (4, 2)))
+    monkeypatch.setattr(slots, "STEPS", ((1, 0, 0), (4, 2, 3)))
     out = tmp_path / "deep" / "slots-1.5b"
     options = ("--tokens", 4, "--tokens", 1, "--prefix", 8, "--prefix", 40, "--device", "cpu", "--dtype", "float32")
     options += ("--weights", "int8")
@@ -44,7 +44,7 @@ def test_slots_are_measured_written_and_drawn(run, folder, tmp_path, monkeypatch
     assert [curve["prefix"] for curve in result["curves"]] == [8, 40]
     for curve in result["curves"]:
         assert [p["tokens"] for p in curve["forward"]] == [1, 4]
-        assert [(s["draft_length"], s["outcomes"], s["slots"]) for s in curve["steps"]] == [(1, 0, 1), (4, 2, 12)]
+        assert [(s["draft_length"], s["outcomes"], s["slots"]) for s in curve["steps"]] == [(1, 0, 1), (4, 2, 15)]
         assert all(p["ms"] > 0 and p["gb_per_s"] >= 0 and p["roofline_ms"] > 0 for p in curve["forward"])
         assert curve["steps"][0]["ar_steps"] == 1
     assert {"command", "device", "dtype", "commit", "torch"} <= result["conditions"].keys()

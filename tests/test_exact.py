@@ -14,7 +14,7 @@ from tidar import TidarModel
 from tidar.config import TidarConfig
 from tidar.decode.engine import Answer, Engine, Limits
 from tidar.decode.runner import Pending, Runner
-from tidar.decode.step import Plan, Propose, prefill, step
+from tidar.decode.step import Plan, Propose, step
 from tidar.kernels.draft import ALTERNATIVES
 from tidar.layout import chain_layout, prefill_layout
 from tidar.model.network import Network
@@ -268,7 +268,7 @@ def test_a_row_that_was_put_into_a_running_batch_can_be_stopped_at_once():
     runner = Runner(network)
     state = runner.prepare(1, 64, plan)
     runner.set_active([False])
-    runner.put_rows([0], prefill(network, PROMPTS[:1], [0], plan))
+    runner.admit(PROMPTS[:1], [0], [0], plan)
     assert state.active.all()
     runner.set_active([False])
     assert not state.active.any()

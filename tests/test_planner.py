@@ -10,8 +10,20 @@ from hypothesis import strategies as st
 
 from tidar.decode.costs import Costs
 from tidar.decode.engine import Engine, Limits
-from tidar.decode.planner import LOOK, LOOK_AGAIN, MARGIN, SHAPES, Acceptance, AutoPlanner, expected_tokens
-from tidar.decode.step import Plan
+from tidar.decode.planner import (
+    LOOK,
+    LOOK_AGAIN,
+    LOOK_AGAIN_MOST,
+    MARGIN,
+    MEMORY,
+    SHAPES,
+    SHAPES_CUDA,
+    Acceptance,
+    AutoPlanner,
+    expected_tokens,
+)
+from tidar.decode.runner import Gain, Runner
+from tidar.decode.step import Plan, choose_leaves
 from tidar.sampling import SamplingParams, likely_outcomes, outcome_probabilities
 from tiny import PROMPTS, continuations, network_of
 
@@ -39,28 +51,42 @@ def test_outcome_probabilities_are_those_of_every_way_drafts_can_fall(survival, 
     assert min(wanted[j - 1] for j in chosen) >= max(rest, default=0) - 1e-12
 
 
-def simulated(survival: list[float], length: int, outcomes: int, steps: int) -> float:
+HITS = [0.4, 0.2, 0.1]
+
+
+def simulated(survival: list[float], length: int, outcomes: int, alternatives: int, steps: int) -> float:
     """Mean tokens a forward, by playing the decoder with independent drafts."""
     generator = torch.Generator().manual_seed(0)
-    drafted, total = 1, 0
+
+    def happens(chance: float) -> bool:
+        return bool(torch.rand((), generator=generator) < chance)
+
+    drafted, known, total = 1, 1, 0
     for _ in range(steps):
-        chances = torch.tensor([survival[: length - 1]], dtype=torch.float64)
+        rates = [1.0 if known > 1 and i == 0 else rate for i, rate in enumerate(survival[: length - 1])]
+        chances = torch.tensor([rates], dtype=torch.float64)
         chosen = likely_outcomes(chances, torch.tensor([drafted]), outcomes)[0].tolist()
         accepted = 1
-        while accepted < drafted and torch.rand((), generator=generator) < survival[accepted - 1]:
+        while accepted < drafted and happens(rates[accepted - 1]):
             accepted += 1
         total += accepted
+        leaves = [rank for draft, rank in choose_leaves(length, alternatives) if draft == accepted - 1]
+        known = 1 + (accepted < drafted and happens(sum(HITS[rank] for rank in leaves)))
         before = [j for j in chosen if j <= accepted]
-        drafted = length - (accepted - before[-1]) if before else 1
+        drafted = max(length - (accepted - before[-1]) if before else 1, known)
     return total / steps
 
 
-@pytest.mark.parametrize(("length", "outcomes"), [(2, 1), (4, 1), (4, 2), (4, 4), (8, 2), (8, 8)])
+@pytest.mark.parametrize(
+    ("length", "outcomes", "alternatives"),
+    [(2, 1, 0), (4, 1, 0), (4, 2, 0), (4, 4, 3), (8, 2, 6), (8, 8, 0), (2, 1, 2), (4, 1, 9)],
+)
 @pytest.mark.parametrize("rate", [0.3, 0.8])
-def test_expected_tokens_are_those_of_a_played_decoder(length, outcomes, rate):
-    survival = [rate * 0.97**i for i in range(length - 1)]
-    (expected,) = expected_tokens(survival, [(length, outcomes)])
-    assert expected == pytest.approx(simulated(survival, length, outcomes, 6000), rel=0.05)
+def test_expected_tokens_are_those_of_a_played_decoder(length, outcomes, alternatives, rate):
+    survival, shape = [rate * 0.97**i for i in range(length - 1)], (length, outcomes, alternatives)
+    # Among others, as all are computed together.
+    expected, *_ = expected_tokens([*survival, *[0.5] * (8 - length)], [shape, (1, 0, 0), (8, 3, 2)], HITS)
+    assert expected == pytest.approx(simulated(survival, *shape, 6000), rel=0.05)
 
 
 @given(st.lists(rates, min_size=7, max_size=7), st.integers(2, 8))
@@ -69,51 +95,138 @@ def test_without_pruning_the_expectation_is_a_sum_of_products(survival, length):
     for rate in survival[: length - 1]:
         product *= rate
         wanted += product
-    full, pruned, plain = expected_tokens(survival, [(length, length), (length, 1), (1, 0)])
+    full, pruned, plain = expected_tokens(survival, [(length, length, 0), (length, 1, 0), (1, 0, 0)])
     assert full == pytest.approx(wanted)
     assert 1 <= pruned <= wanted + 1e-9
     assert plain == pytest.approx(1)
 
 
-def planner_with(costs: dict[tuple[int, int], float]) -> AutoPlanner:
+@pytest.mark.parametrize("ladder", [SHAPES, SHAPES_CUDA])
+def test_ladders_begin_with_plain_decoding_and_have_no_step_twice(ladder):
+    assert ladder[0] == (1, 0, 0)
+    assert len(set(ladder)) == len(ladder)
+    longest = AutoPlanner(SamplingParams()).longest
+    for length, blocks, leaves in ladder:
+        plan = Plan(length, outcomes=blocks, alternatives=leaves)
+        assert (plan.blocks, len(plan.leaves)) == (blocks, leaves)
+        assert length <= longest.draft_length
+        assert plan.slots <= longest.slots
+
+
+def plan_of(shape: tuple[int, ...]) -> Plan:
+    length, outcomes, *leaves = shape
+    return Plan(length, outcomes=outcomes, alternatives=sum(leaves))
+
+
+def planner_with(costs: dict[tuple[int, ...], float]) -> AutoPlanner:
     planner = AutoPlanner(SamplingParams())
-    planner.costs = {1: [(plan, costs[plan.draft_length, plan.blocks]) for plan in planner.plans]}
+    planner.costs = {1: [(plan_of(shape), cost) for shape, cost in costs.items()]}
     return planner
 
 
 @settings(max_examples=20)
 @given(st.floats(0.001, 0.2), st.floats(0.05, 0.95), st.lists(st.floats(0.8, 1.3), min_size=40, max_size=40))
 def test_the_best_plan_is_chosen_by_brute_force(slope, rate, noise):
-    costs = {shape: 1 + slope * shape[0] * (1 + shape[1]) * noise[i] for i, shape in enumerate(SHAPES)}
+    costs = {shape: 1 + slope * plan_of(shape).slots * noise[i] for i, shape in enumerate(SHAPES)}
     planner = planner_with(costs)
     planner.acceptance.stood = [rate * tried for tried in planner.acceptance.tried]
     drafting = [shape for shape in SHAPES if shape[0] > 1]
-    speed = {shape: expected_tokens([rate] * 15, [shape])[0] / costs[shape] for shape in drafting}
-    best = max(speed, key=speed.get)
+    speed = {plan_of(shape): expected_tokens([rate] * 15, [shape])[0] / costs[shape] for shape in drafting}
+    best = max(speed.values())
     chosen = planner.choose(1)
-    if speed[best] > MARGIN / costs[1, 0]:
-        assert (chosen.draft_length, chosen.blocks) == best
+    if best > MARGIN / costs[SHAPES[0]]:
+        assert speed[chosen] == pytest.approx(best)
     else:
         assert not chosen.drafting
 
 
-def test_plain_decoding_where_drafts_do_not_pay_with_a_look_now_and_then():
+def looks(plans: list[Plan]) -> list[tuple[bool, int]]:
+    """Runs of equal kind: (drafting, forwards)."""
+    return [(drafting, len(list(run))) for drafting, run in itertools.groupby(plan.drafting for plan in plans)]
+
+
+def test_plain_decoding_where_drafts_do_not_pay_with_rarer_and_rarer_looks():
     planner = planner_with({shape: 1.0 if shape[0] == 1 else 10.0 for shape in SHAPES})
-    plans = [planner.choose(1) for _ in range(3 * (LOOK_AGAIN + LOOK))]
-    assert not any(plan.drafting for plan in plans[: LOOK_AGAIN - 1])
-    assert 0 < sum(plan.drafting for plan in plans) <= 3 * LOOK
+    wanted, pause = [], LOOK_AGAIN
+    while sum(count for _, count in wanted) < 6000:
+        wanted += [(False, pause), (True, LOOK)]
+        pause = min(2 * pause, LOOK_AGAIN_MOST)
+    total = sum(count for _, count in wanted)
+    assert looks([planner.choose(1) for _ in range(total)]) == wanted
+    assert (False, LOOK_AGAIN_MOST) in wanted
+
+
+def test_a_look_that_finds_good_drafts_ends_plain_decoding():
+    planner = planner_with({(1, 0): 1.0, (8, 8): 2.0})
+    planner.acceptance.stood = [0.0] * 15
+    assert looks([planner.choose(1) for _ in range(LOOK_AGAIN)]) == [(False, LOOK_AGAIN)]
+    for _ in range(40):
+        plan = planner.choose(1)
+        assert plan.drafting
+        planner.observe(plan, [Gain(8, 1, [0] * 8)] * 64)
+
+
+def test_a_running_plan_is_left_only_for_a_much_better_one():
+    planner = planner_with({(1, 0): 1.0, (8, 8): 1.2, (4, 4): 1.2})
+    planner.acceptance.stood = list(planner.acceptance.tried)  # all drafts stand
+    assert planner.choose(1).draft_length == 8
+    for better, wanted in ((1.04, 8), (1.06, 4)):
+        cost = 1.2 * 4 / 8 / better
+        planner.costs[1] = [(plan, cost if plan.draft_length == 4 else old) for plan, old in planner.costs[1]]
+        assert planner.best(1).draft_length == wanted
+    # Plain decoding needs no margin to be returned to.
+    planner.costs[1] = [(plan, 9.0 if plan.drafting else 1.0) for plan, _ in planner.costs[1]]
+    assert not planner.best(1).drafting
+
+
+def test_another_batch_size_is_another_choice():
+    planner = planner_with({(1, 0): 1.0, (8, 8): 1.1})
+    planner.costs[2] = [(plan, 100.0 if plan.drafting else 1.0) for plan, _ in planner.costs[1]]
+    assert planner.choose(1).drafting
+    assert not planner.choose(2).drafting
+    assert planner.choose(1).drafting
+
+
+def test_hits_on_leaves_are_learned_and_known_drafts_say_nothing_of_survival():
+    seen, plan = Acceptance(4), Plan(4, alternatives=9)
+    falls, follows = Gain(4, 1, [0]), Gain(4, 2, [0] * 4)
+    for _ in range(300):  # every fall is hit
+        seen.observe(plan, [falls])
+        seen.observe(plan, [follows])
+    assert sum(seen.hits) == pytest.approx(1, abs=0.05)
+    assert seen.survival == pytest.approx([0, 1, 1], abs=0.05)
+    for _ in range(300):
+        seen.observe(plan, [falls])
+    assert sum(seen.hits) == pytest.approx(0, abs=0.05)
 
 
 def test_acceptance_is_learned_and_forgotten():
     seen = Acceptance(4)
+    plan = Plan(4)
     for _ in range(300):
-        seen.observe(accepted=3, drafted=4)
+        seen.observe(plan, [Gain(4, 1, [0] * 3)])
     assert seen.survival == pytest.approx([1, 1, 0], abs=0.02)
     for _ in range(300):
-        seen.observe(accepted=1, drafted=2)
+        seen.observe(plan, [Gain(2, 1, [0])])
     assert seen.survival == pytest.approx([0, 1, 0], abs=0.02)  # what was not tried keeps its rate
-    seen.observe(accepted=1, drafted=1)
+    seen.observe(plan, [Gain(1, 1, [0])] * 2)
     assert seen.survival == pytest.approx([0, 1, 0], abs=0.02)
+
+
+@given(st.lists(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=9), max_size=5))
+def test_a_forward_is_observed_as_its_rows_are(forwards):
+    """Against counting draft by draft; the past fades once a forward, whatever the batch."""
+    seen = Acceptance(6)
+    tried, stood = list(seen.tried), list(seen.stood)
+    for rows in forwards:
+        rows = [(min(pair), max(pair)) for pair in rows]
+        for draft in range(5):
+            judged = [a for a, d in rows if draft < min(a, d - 1)]
+            if judged:
+                tried[draft] = tried[draft] * MEMORY + len(judged)
+                stood[draft] = stood[draft] * MEMORY + sum(a > draft + 1 for a in judged)
+        seen.observe(Plan(6), [Gain(d, 1, [0] * a) for a, d in rows])
+    assert (seen.tried, seen.stood) == (tried, stood)
 
 
 @settings(max_examples=10)
@@ -127,15 +240,14 @@ def test_greedy_output_does_not_depend_on_the_plan_of_any_step(shapes, arch):
         def __init__(self) -> None:
             self.shapes = itertools.cycle(shapes)
 
-        def prepare(self, network, rows):
+        def prepare(self, runner, rows):
             pass
 
         def choose(self, rows):
-            length, blocks = next(self.shapes)
-            return Plan(length, outcomes=blocks)
+            return plan_of(next(self.shapes))
 
-        def observe(self, accepted, drafted):
-            assert 1 <= accepted <= drafted
+        def observe(self, plan, gains):
+            assert all(1 <= len(gain.tokens) <= gain.drafted <= plan.draft_length for gain in gains)
 
     answers = {}
     for updates in Engine(network_of(arch), Scripted()).run(PROMPTS, Limits(20), 3):
@@ -146,23 +258,23 @@ def test_greedy_output_does_not_depend_on_the_plan_of_any_step(shapes, arch):
 def test_costs_are_measured_once_and_kept(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("tidar.decode.costs.cache_folder", lambda: tmp_path)
     network, plans = network_of("llama"), [Plan(1), Plan(2, outcomes=1), Plan(4, outcomes=4)]
-    first = Costs(network)
+    first = Costs(Runner(network))
     measured = first.of(plans, 2)
     first.save()
     assert measured[0][0] == plans[0]
     assert all(seconds > 0 for _, seconds in measured)
     assert "measuring" in capsys.readouterr().err
-    again = Costs(network)
+    again = Costs(Runner(network))
     assert again.of(plans, 2) == measured
     assert not again.changed
     assert not capsys.readouterr().err
     (file,) = (tmp_path / "costs").iterdir()
     assert json.loads(file.read_text())["network"]["model"]["model_type"] == "llama"
     file.write_text("{broken")
-    assert Costs(network).known == {}
-    file.write_text(json.dumps({"seconds": {"2 x 1/0": 0, "2 x 2/1": float("nan"), "2 x 4/4": 0}}))
-    assert Costs(network).known == {"2 x 4/4": 0}
-    assert Costs(network_of("qwen2")).path != file
+    assert Costs(Runner(network)).known == {}
+    file.write_text(json.dumps({"seconds": {"2 x 1/0/0": 0, "2 x 2/1/0": float("nan"), "2 x 4/4/0": 0}}))
+    assert Costs(Runner(network)).known == {"2 x 4/4/0": 0}
+    assert Costs(Runner(network_of("qwen2"))).path != file
 
 
 def test_auto_decodes_what_generate_does():
@@ -176,7 +288,7 @@ def test_auto_decodes_what_generate_does():
 def test_costs_that_cannot_be_kept_are_no_error(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
     monkeypatch.setattr("tidar.decode.costs.cache_folder", lambda: tmp_path / "file" / "below")
-    costs = Costs(network_of("llama"))
+    costs = Costs(Runner(network_of("llama")))
     assert costs.of([Plan(1), Plan(2, outcomes=1)], 1)
     costs.save()
     assert capsys.readouterr().err.count("cannot be kept") == 1

@@ -1,4 +1,8 @@
+import itertools
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from tidar.decode.text import TextStream
@@ -10,13 +14,13 @@ def tokenizer(tmp_path_factory):
     return AutoTokenizer.from_pretrained(tiny_folder(tmp_path_factory.mktemp("tiny")))
 
 
-def feed(stream, tokenizer, text):
-    pieces, used = [], 0
-    for token in tokenizer(text).input_ids:
-        used += 1
-        stopped = stream.push(token)
+def feed(stream, tokenizer, text, sizes=(1,)):
+    """The pieces that come of pushing the tokens a few at a time, and how many tokens were used."""
+    ids, pieces, used = tokenizer(text).input_ids, [], 0
+    for size in itertools.cycle(sizes):
+        used += stream.push(ids[used : used + size])
         pieces.append(stream.take())
-        if stopped:
+        if stream.stopped or used == len(ids):
             break
     stream.finish()
     return [*pieces, stream.take()], used
@@ -26,6 +30,7 @@ def test_pieces_are_whole_characters_and_add_up_to_the_text(tokenizer):
     text = "naïve café 日本語 🙂 done"
     pieces, _ = feed(TextStream(tokenizer), tokenizer, text)
     assert "".join(pieces) == text
+    assert max(map(len, pieces)) == 1
     assert not any("\ufffd" in piece for piece in pieces)
 
 
@@ -43,7 +48,39 @@ def test_text_that_only_begins_like_a_stop_string_is_shown_in_the_end(tokenizer)
 
 def test_an_unfinished_character_is_shown_when_the_answer_ends(tokenizer):
     stream = TextStream(tokenizer)
-    stream.push(tokenizer("🙂").input_ids[0])
+    stream.push(tokenizer("🙂").input_ids[:1])
     assert stream.take() == ""
     stream.finish()
     assert stream.take() == "\ufffd"
+
+
+TEXTS = st.lists(st.sampled_from(["a", "EN", "D", "END", "é", "日", "🙂", " ", "n" * 40]), min_size=1, max_size=12)
+
+
+@given(TEXTS, st.lists(st.integers(1, 50), min_size=1, max_size=5))
+def test_text_and_its_end_do_not_depend_on_how_many_tokens_come_at_once(tokenizer, words, sizes):
+    """A stop string may end inside a push, and an unfinished character may stand behind it."""
+    text, stop = "".join(words), ("END", "é日")
+    wanted = text[: min([text.index(s) for s in stop if s in text], default=len(text))]
+    used = min([len(tokenizer(text[: text.index(s) + len(s)]).input_ids) for s in stop if s in text], default=None)
+    for size in (sizes, [1]):
+        pieces, taken = feed(TextStream(tokenizer, stop), tokenizer, text, size)
+        assert "".join(pieces) == wanted
+        assert taken == (len(tokenizer(text).input_ids) if used is None else used)
+        assert "".join(feed(TextStream(tokenizer), tokenizer, text, size)[0]) == text
+
+
+def test_a_long_answer_is_not_decoded_again_and_again(tokenizer):
+    decoded = []
+
+    class Counting:
+        def decode(self, ids, **options):
+            decoded.append(len(ids))
+            return tokenizer.decode(ids, **options)
+
+    stream = TextStream(Counting())
+    for token in tokenizer("abc " * 100).input_ids:
+        stream.push([token])
+    assert stream.text == "abc " * 100
+    assert len(decoded) < 1.1 * 400
+    assert max(decoded) < 40

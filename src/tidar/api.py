@@ -62,17 +62,19 @@ class TidarModel:
         outcomes: int | None = None,
         plan: Literal["auto", "fixed"] = "auto",
         remeasure: bool = False,
+        alternatives: int | None = None,
     ) -> Plan | Planner:
         """What a run's forwards do.
 
         Args:
             mode: "ar" for plain decoding.
-            draft_length: K. Naming it (or `outcomes`) fixes the plan.
+            draft_length: K. Naming it (or `outcomes` or `alternatives`) fixes the plan.
             params: how tokens are chosen.
             outcomes: outcome blocks drafted in each forward, the likeliest; default all K.
-            plan: "auto" chooses draft length and outcomes by measured cost and observed acceptance; "fixed" takes the
-                block size of training and all outcomes.
+            plan: "auto" chooses all three by measured cost and observed acceptance; "fixed" takes the block size of
+                training, all outcomes and no alternatives.
             remeasure: measure the costs of this machine again.
+            alternatives: next best tokens that are verified beside the drafts (see `decode.step.Plan`).
         """
         if mode not in ("tidar", "ar"):
             raise TidarError(f"mode is {mode!r}, but must be 'tidar' or 'ar'")
@@ -82,17 +84,19 @@ class TidarModel:
         for name, value in (("draft length", draft_length), ("outcomes", outcomes)):
             if value is not None and not 1 <= value <= most:
                 raise TidarError(f"{name} is {value}, but must be between 1 and {most} for this model")
+        if alternatives is not None and not 0 <= alternatives <= most:
+            raise TidarError(f"alternatives is {alternatives}, but must be between 0 and {most} for this model")
         params = params or SamplingParams()
         if mode == "ar":
             if params.trust < 1:
                 raise TidarError("trust below 1 asks the drafter, which mode 'ar' does not run: leave one of them out")
             return Plan(1, params)
         # Trust judges every draft by a block of its own, so there is nothing to choose.
-        chosen = draft_length is not None or outcomes is not None or params.trust < 1
+        chosen = params.trust < 1 or any(value is not None for value in (draft_length, outcomes, alternatives))
         if plan == "auto" and not chosen and self.network.can_draft:
             return AutoPlanner(params, remeasure)
         trained = self.config.block_size if self.config is not None else 8
-        return Plan(draft_length or trained, params, outcomes)
+        return Plan(draft_length or trained, params, outcomes, alternatives or 0)
 
     @overload
     def generate(self, prompts: str | list[Message], **options: object) -> Answer: ...
@@ -121,7 +125,7 @@ class TidarModel:
         engine, limits, encode = self._prepare(**options)
         ids = [encode(prompts)] if single else [_for_row(row, encode, prompt) for row, prompt in enumerate(prompts)]
         answers: dict[int, Answer] = {}
-        for updates in engine.run(ids, limits, batch_size):
+        for updates in engine.run(ids, limits, batch_size, streaming=on_update is not None):
             for update in updates:
                 answers[update.answer.row] = update.answer
                 if on_update is not None:
@@ -135,8 +139,8 @@ class TidarModel:
         Args:
             prompt: a text (sent as a user message through the chat template) or a message list.
             **options: max_new_tokens (256), temperature (0), top_k, top_p, min_p, seed (0), trust (1), stop (texts),
-                mode ("tidar" or "ar"), draft_length, outcomes, plan ("auto"; see `plan`), remeasure, raw (False: use
-                the chat template).
+                mode ("tidar" or "ar"), draft_length, outcomes, alternatives, plan ("auto"; see `plan`), remeasure, raw
+                (False: use the chat template).
 
         Raises:
             TidarError: for options or prompts that cannot be honoured.
@@ -159,6 +163,7 @@ class TidarModel:
         mode: Mode = "tidar",
         draft_length: int | None = None,
         outcomes: int | None = None,
+        alternatives: int | None = None,
         plan: Literal["auto", "fixed"] = "auto",
         remeasure: bool = False,
         raw: bool = False,
@@ -171,7 +176,7 @@ class TidarModel:
         if isinstance(stop, str) or not all(stop):
             raise TidarError("stop must be a list of texts, none of them empty")
         params = SamplingParams(temperature, top_k, top_p, min_p, seed, trust)
-        planned = self.plan(mode, draft_length, params, outcomes, plan, remeasure)
+        planned = self.plan(mode, draft_length, params, outcomes, plan, remeasure, alternatives)
         engine = Engine(self.network, planned, tokenizer)
 
         def encode(prompt: Prompt) -> list[int]:

@@ -20,8 +20,11 @@ from tidar.decode.step import Plan
 from tidar.layout import step_layout
 from tidar.model.network import Network
 
-STEPS = ((1, 0), (4, 4), (8, 1), (8, 3), (8, 7), (8, 8), (16, 6), (16, 7), (16, 15), (16, 16))
-"""(draft length, outcomes) of the steps that are timed whole: verifying, drafting and all."""
+STEPS = (
+    *((1, 0, 0), (4, 4, 0), (8, 1, 0), (8, 3, 0), (8, 3, 16), (8, 7, 0), (8, 8, 0), (8, 8, 8)),
+    *((16, 6, 0), (16, 6, 16), (16, 15, 0), (16, 16, 0)),
+)
+"""(draft length, outcomes, alternatives) of the steps that are timed whole: verifying, drafting and all."""
 
 
 @torch.inference_mode()
@@ -91,8 +94,8 @@ def measure(network: Network, name: str, tokens: Sequence[int], prefixes: Sequen
                 }
             )
         steps, plain = [], None
-        for length, outcomes in STEPS:
-            plan = Plan(length, outcomes=outcomes)
+        for length, outcomes, alternatives in STEPS:
+            plan = Plan(length, outcomes=outcomes, alternatives=alternatives)
             if length > 1 and not network.can_draft:
                 continue
             seconds = step_seconds(network, plan, prefix, rows)
@@ -101,6 +104,7 @@ def measure(network: Network, name: str, tokens: Sequence[int], prefixes: Sequen
                 {
                     "draft_length": length,
                     "outcomes": plan.blocks,
+                    "alternatives": len(plan.leaves),
                     "slots": plan.slots,
                     "ms": round(seconds * 1e3, 4),
                     "ar_steps": round(seconds / plain, 3),

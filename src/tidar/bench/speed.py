@@ -85,6 +85,8 @@ def contestants(model: TidarModel, peers: bool) -> dict[str, Runner]:
     if model.network.can_draft:
         runs[f"tidar K={trained}, all outcomes"] = ours(model, plan="fixed")
         runs[f"tidar K={trained}, 3 outcomes"] = ours(model, draft_length=trained, outcomes=3)
+        leaves = ours(model, draft_length=trained, alternatives=8)
+        runs[f"tidar K={trained}, all outcomes, 8 alternatives"] = leaves
     else:
         del runs["tidar auto"]
     if peers and model.network.weights is None:

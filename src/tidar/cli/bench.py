@@ -48,9 +48,11 @@ def bench_slots(
     slots.plot(result, _named(out, ".png"))
     console = Console()
     for curve in result["curves"]:
-        table = Table("K", "outcomes", "slots", "ms", "AR steps", "of bandwidth", title=f"prefix {curve['prefix']:,}")
+        table = Table(
+            "K", "outcomes", "leaves", "slots", "ms", "AR steps", "of bandwidth", title=f"prefix {curve['prefix']:,}"
+        )
         for step in curve["steps"]:
-            numbers = (str(step[key]) for key in ("draft_length", "outcomes", "slots"))
+            numbers = (str(step[key]) for key in ("draft_length", "outcomes", "alternatives", "slots"))
             share = f"{step['share_of_bandwidth']:.0%}"
             table.add_row(*numbers, f"{step['ms']:.3f}", f"{step['ar_steps']:.2f}", share)
         console.print(table)

@@ -21,6 +21,9 @@ Seed = Annotated[int, typer.Option(help="Random seed; with --plan fixed a row's 
 Stop = Annotated[list[str] | None, typer.Option(help="End before this text (repeatable).")]
 DraftLength = Annotated[int | None, typer.Option(help="K, tokens drafted a step; naming it turns --plan auto off.")]
 Outcomes = Annotated[int | None, typer.Option(help="Outcome blocks drafted a step, the likeliest [default: all K].")]
+Alternatives = Annotated[
+    int | None, typer.Option(help="Next best tokens verified beside the drafts, one slot each [default: none].")
+]
 PlanName = Annotated[
     str, typer.Option("--plan", help="'auto' drafts as much as pays on this machine; 'fixed' does not.")
 ]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tidar import __version__
-from tidar.decode.runner import Runner, runner_for
+from tidar.decode.runner import Runner
 from tidar.decode.step import Plan
 from tidar.model.hub import cache_folder
 from tidar.model.network import Network
@@ -25,25 +25,25 @@ PREFIX = 512
 """Cached tokens a row while measuring."""
 REPEATS, PATIENCE = 7, 0.5
 """Steps timed for each plan, fewer once they took this many seconds."""
-
-
+VERSION = 2
+"""Of how costs are measured and what is measured; others' files are not read."""
 MOST_TOKENS, MOST_TOKENS_CPU = 4096, 256
 """Forwards of more tokens than this are not considered: their slots are not free anywhere."""
 
 
 class Costs:
-    """Seconds a forward of a plan takes, for one network on its device."""
+    """Seconds a forward of a plan takes, for one network on its device. They are measured with the runner of a run."""
 
-    def __init__(self, network: Network, remeasure: bool = False) -> None:
-        self.network = network
-        self.path = cache_folder() / "costs" / f"{_fingerprint(network)}.json"
+    def __init__(self, runner: Runner, remeasure: bool = False) -> None:
+        self.runner, self.network = runner, runner.network
+        self.path = cache_folder() / "costs" / f"{_fingerprint(self.network)}.json"
         self.known: dict[str, float] = {}
         self.changed = False
         if not remeasure:
             try:
                 stored = {str(k): float(v) for k, v in json.loads(self.path.read_text())["seconds"].items()}
                 # Zero stands for a plan that was not worth timing, which plain decoding ("1/0") never is.
-                self.known = {k: v for k, v in stored.items() if 0 < v < math.inf or (v == 0 and " 1/0" not in k)}
+                self.known = {k: v for k, v in stored.items() if 0 < v < math.inf or (v == 0 and " 1/0/0" not in k)}
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 self.known = {}  # a broken file is measured anew
 
@@ -66,7 +66,7 @@ class Costs:
         self.changed = True
         plain = 0.0
         too_dear: dict[int, bool] = {}
-        with _Bench(self.network, max(ordered, key=lambda p: p.draft_length), rows) as bench:
+        with _Bench(self.runner, max(ordered, key=lambda p: p.draft_length), rows) as bench:
             for plan in ordered:
                 name = _name(plan, rows)
                 if too_dear.get(plan.draft_length):
@@ -94,11 +94,10 @@ class Costs:
 class _Bench:
     """A state of `rows` rows with a prefix, to time steps on."""
 
-    def __init__(self, network: Network, longest: Plan, rows: int) -> None:
-        self.network, self.rows = network, rows
-        limit = network.max_positions or 1 << 30
+    def __init__(self, runner: Runner, longest: Plan, rows: int) -> None:
+        self.runner, self.network, self.rows = runner, runner.network, rows
+        limit = self.network.max_positions or 1 << 30
         self.prefix = min(PREFIX, limit // 2)
-        self.runner: Runner = runner_for(network)
         room = self.prefix + (REPEATS + 2) * longest.draft_length + longest.draft_length * (longest.draft_length + 1)
         self.state = self.runner.prepare(rows, room, longest)
 
@@ -125,7 +124,7 @@ class _Bench:
 
 def _name(plan: Plan, rows: int) -> str:
     sampled = "" if plan.params.greedy else " sampled"
-    return f"{rows} x {plan.draft_length}/{plan.blocks}{sampled}"
+    return f"{rows} x {plan.draft_length}/{plan.blocks}/{len(plan.leaves)}{sampled}"
 
 
 def _description(network: Network) -> dict[str, Any]:
@@ -142,6 +141,7 @@ def _description(network: Network) -> dict[str, Any]:
         "weights": network.weights,
         "torch": torch.__version__,
         "tidar": __version__,
+        "version": VERSION,
     }
 
 

@@ -11,8 +11,8 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from tidar.decode.runner import Pending, Runner, runner_for
-from tidar.decode.step import Plan, State, prefill
+from tidar.decode.runner import Gain, Pending, Runner, runner_for
+from tidar.decode.step import Plan, State
 from tidar.decode.text import TextStream
 from tidar.errors import TidarError
 from tidar.model.network import Network
@@ -37,7 +37,8 @@ class Answer:
     Attributes:
         row: index of the prompt in the job.
         token_ids: new tokens, an end-of-sequence token included.
-        text: their text without special tokens, cut before a stop string; empty where the engine has no tokenizer.
+        text: their text without special tokens, cut before a stop string; empty where the engine has no tokenizer, and
+            until the end where nobody follows it.
         forwards: forward passes spent on this row, the prefill counted.
         acceptance_lengths: tokens gained by each forward after the prefill (the prefill itself gains one).
         seconds: from the start of the row's prefill to its last token.
@@ -71,10 +72,14 @@ class Update(NamedTuple):
 
 @dataclass
 class _Row:
-    """A running row: its answer, how many new tokens fit, and the tokens in its cache."""
+    """A running row: its answer, how many new tokens fit, and the tokens in its cache.
+
+    streaming: whether its text is followed as it grows, for whoever reads it or for stop strings.
+    """
 
     answer: Answer
     stream: TextStream | None
+    streaming: bool
     room: int
     length: int
     started: float
@@ -86,16 +91,16 @@ class Planner(Protocol):
     longest: Plan
     """The plan with the longest drafts that it may choose; a run begins with it."""
 
-    def prepare(self, network: Network, rows: int) -> None:
-        """Called before a run over up to `rows` rows."""
+    def prepare(self, runner: Runner, rows: int) -> None:
+        """Called before a run over batches of up to `rows` rows; may use the runner, whose state has room for them."""
         ...
 
     def choose(self, rows: int) -> Plan:
-        """Plan of the next forward over `rows` running rows."""
+        """Plan of the next forward over a batch of `rows` rows."""
         ...
 
-    def observe(self, accepted: int, drafted: int) -> None:
-        """Called for every row of every forward: drafts that stood, of those that were judged."""
+    def observe(self, plan: Plan, gains: Sequence[Gain]) -> None:
+        """Called once a forward of `plan`, with what it gave each row."""
         ...
 
 
@@ -105,13 +110,13 @@ class Fixed:
 
     longest: Plan
 
-    def prepare(self, network: Network, rows: int) -> None:
+    def prepare(self, runner: Runner, rows: int) -> None:
         """Nothing to prepare."""
 
     def choose(self, rows: int) -> Plan:
         return self.longest
 
-    def observe(self, accepted: int, drafted: int) -> None:
+    def observe(self, plan: Plan, gains: Sequence[Gain]) -> None:
         """Nothing to learn."""
 
 
@@ -127,26 +132,30 @@ class Engine:
             raise TidarError("this model has no drafter: convert it with `tidar train`, or decode with mode 'ar'")
 
     def run(
-        self, prompts: Sequence[list[int]], limits: Limits, batch_size: int | None = None
+        self, prompts: Sequence[list[int]], limits: Limits, batch_size: int | None = None, streaming: bool = True
     ) -> Iterator[list[Update]]:
         """Decode prompts (token ids), `batch_size` at a time (default: all); yields every forward's updates.
 
-        Free places in the batch are refilled from the waiting prompts.
+        Free places in the batch are refilled from the waiting prompts. Without `streaming` an answer has its text only
+        when it has ended, which costs less.
 
         Raises:
             TidarError: for an empty prompt or one that leaves no room in the model's context, before anything runs.
         """
-        waiting = deque(self._row(i, prompt, limits) for i, prompt in enumerate(prompts))
-        places = min(batch_size or len(prompts), len(prompts))
-        if not places:
+        waiting = deque(self._row(i, prompt, limits, streaming) for i, prompt in enumerate(prompts))
+        most = min(batch_size or len(prompts), len(prompts))
+        if not most:
             return
-        self.planner.prepare(self.network, places)
         plan, runner = self.planner.longest, runner_for(self.network)
         room = max(len(prompts[row.answer.row]) + row.room for row in waiting)
+        capacity = room + (runner.lag + 2) * plan.draft_length + plan.slots
         runner.busy = True
         try:
-            state = runner.prepare(places, room + (runner.lag + 2) * plan.draft_length + plan.slots, plan)
-            yield from self._loop(runner, state, waiting, places, prompts, limits)
+            # Made before the planner measures with it: a state that grew later would cost what was captured by then.
+            runner.prepare(runner.batch_for(most), capacity, plan)
+            self.planner.prepare(runner, runner.batch_for(most))
+            state = runner.prepare(runner.batch_for(most), capacity, plan)
+            yield from self._loop(runner, state, waiting, most, prompts, limits)
         finally:
             runner.busy = False
 
@@ -155,41 +164,43 @@ class Engine:
         runner: Runner,
         state: State,
         waiting: deque[_Row],
-        places: int,
+        most: int,
         prompts: Sequence[list[int]],
         limits: Limits,
     ) -> Iterator[list[Update]]:
-        slots: list[_Row | None] = [None] * places
-        running = deque[tuple[list[_Row | None], Pending]]()
+        slots: list[_Row | None] = [None] * runner.batch_for(most)
+        running = deque[tuple[list[_Row | None], Plan, Pending]]()
         while waiting or any(slots):
             free = [slot for slot, row in enumerate(slots) if row is None]
-            if waiting and len(free) * REFILL >= places:
-                joining = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
+            places = free[: most - (len(slots) - len(free))]  # the batch may be larger than was asked for
+            if waiting and len(places) * REFILL >= most:
+                joining = [waiting.popleft() for _ in range(min(len(places), len(waiting)))]
                 slots = list(slots)  # a forward that is under way keeps its own
-                yield self._admit(runner, free, joining, slots, prompts, limits)
+                yield self._admit(runner, places, joining, slots, prompts, limits)
+                slots = _running(slots)
             elif not waiting:
                 slots = _compact(runner, state, slots)
-            slots = [row if row is not None and row.answer.finish_reason is None else None for row in slots]
             if any(slots):
                 runner.set_active([row is not None for row in slots])
                 longest = max(row.length for row in slots if row is not None)
-                plan = self.planner.choose(sum(row is not None for row in slots))
-                running.append((slots, runner.step(plan, len(slots), longest)))
+                plan = self.planner.choose(len(slots))
+                running.append((slots, plan, runner.step(plan, len(slots), longest)))
             # A device that is a step ahead: a row that ends is noticed one forward late, and that one is not counted.
             while running and (len(running) > runner.lag or not any(slots)):
                 updates = self._collect(*running.popleft(), limits)
-                slots = [row if row is not None and row.answer.finish_reason is None else None for row in slots]
+                slots = _running(slots)
                 if updates:
                     yield updates
 
-    def _row(self, index: int, prompt: list[int], limits: Limits) -> _Row:
+    def _row(self, index: int, prompt: list[int], limits: Limits, streaming: bool) -> _Row:
         stream = TextStream(self.tokenizer, limits.stop) if self.tokenizer is not None else None
-        return _Row(Answer(index), stream, _room(self.network, prompt, limits, index), len(prompt), 0.0)
+        room = _room(self.network, prompt, limits, index)
+        return _Row(Answer(index), stream, streaming or bool(limits.stop), room, len(prompt), 0.0)
 
     def _admit(
         self,
         runner: Runner,
-        free: list[int],
+        places: list[int],
         joining: list[_Row],
         slots: list[_Row | None],
         prompts: Sequence[list[int]],
@@ -198,24 +209,31 @@ class Engine:
         """Prefill waiting rows into free places."""
         started = time.perf_counter()
         ids = [row.answer.row for row in joining]
-        joined = prefill(self.network, [prompts[i] for i in ids], ids, self.planner.longest)
-        taken = free[: len(joining)]
-        runner.put_rows(taken, joined)
+        places = places[: len(joining)]
+        tokens = runner.admit([prompts[i] for i in ids], ids, places, self.planner.longest)
         updates = []
-        for slot, row, token in zip(taken, joining, joined.drafts[:, 0].tolist(), strict=True):
-            slots[slot], row.started = row, started
+        for place, row, token in zip(places, joining, tokens, strict=True):
+            slots[place], row.started = row, started
             updates.append(_extend(row, [token], limits))
         return updates
 
-    def _collect(self, slots: list[_Row | None], pending: Pending, limits: Limits) -> list[Update]:
+    def _collect(self, slots: list[_Row | None], plan: Plan, pending: Pending, limits: Limits) -> list[Update]:
         """What a forward gave the rows that were running when it began and have not ended since."""
-        updates = []
-        for row, gain in zip(slots, pending.get(), strict=True):
-            if row is not None and row.answer.finish_reason is None:
-                row.length += len(gain.tokens)
-                self.planner.observe(len(gain.tokens), gain.drafted)
-                updates.append(_extend(row, gain.tokens, limits))
-        return updates
+        gained = [
+            (row, gain)
+            for row, gain in zip(slots, pending.get(), strict=True)
+            if row is not None and row.answer.finish_reason is None
+        ]
+        if gained:
+            self.planner.observe(plan, [gain for _, gain in gained])
+        for row, gain in gained:
+            row.length += len(gain.tokens)
+        return [_extend(row, gain.tokens, limits) for row, gain in gained]
+
+
+def _running(slots: list[_Row | None]) -> list[_Row | None]:
+    """The slots without the rows that have ended."""
+    return [row if row is not None and row.answer.finish_reason is None else None for row in slots]
 
 
 def _room(network: Network, prompt: list[int], limits: Limits, row: int) -> int:
@@ -233,29 +251,40 @@ def _room(network: Network, prompt: list[int], limits: Limits, row: int) -> int:
 
 
 def _extend(row: _Row, tokens: list[int], limits: Limits) -> Update:
-    """Append a forward's tokens to a row's answer until something ends it."""
+    """Append a forward's tokens to a row's answer, up to what ends it."""
     answer, stream = row.answer, row.stream
-    answer.forwards += 1
-    taken = 0
-    for token in tokens:
-        taken += 1
-        stopped = stream is not None and stream.push(token)
-        if token in limits.eos_ids or stopped:
+    tokens = tokens[: row.room - answer.new_tokens]
+    if not limits.eos_ids.isdisjoint(tokens):
+        tokens = tokens[: 1 + next(i for i, token in enumerate(tokens) if token in limits.eos_ids)]
+        answer.finish_reason = "stop"
+    if stream is not None and row.streaming:
+        tokens = tokens[: stream.push(tokens)]
+        if stream.stopped:
             answer.finish_reason = "stop"
-        elif answer.new_tokens + taken >= row.room:
-            answer.finish_reason = "length"
-        if answer.finish_reason is not None:
-            answer.seconds = time.perf_counter() - row.started
-            break
-    answer.token_ids += tokens[:taken]
+    answer.forwards += 1
+    answer.token_ids += tokens
     if answer.forwards > 1:
-        answer.acceptance_lengths.append(taken)
-    text = ""
-    if stream is not None:
-        if answer.finish_reason is not None:
-            stream.finish()
-        text, answer.text = stream.take(), stream.text
-    return Update(answer, tokens[:taken], text)
+        answer.acceptance_lengths.append(len(tokens))
+    if answer.finish_reason is None and answer.new_tokens >= row.room:
+        answer.finish_reason = "length"
+    if answer.finish_reason is not None:
+        answer.seconds = time.perf_counter() - row.started
+    return Update(answer, tokens, _text(row) if stream is not None else "")
+
+
+def _text(row: _Row) -> str:
+    """New text of a row, also put into its answer; all of it at the end, if nobody follows it."""
+    answer, stream = row.answer, row.stream
+    assert stream is not None
+    ended = answer.finish_reason is not None
+    if not ended and not row.streaming:
+        return ""
+    if not row.streaming:
+        stream.push(answer.token_ids)
+    if ended:
+        stream.finish()
+    text, answer.text = stream.take(), stream.text
+    return text
 
 
 def _compact(runner: Runner, state: State, slots: list[_Row | None]) -> list[_Row | None]:

@@ -9,90 +9,135 @@ not pay, and looks again now and then.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
+import numpy as np
 import torch
 
 from tidar.decode.costs import Costs
-from tidar.decode.step import Plan
-from tidar.model.network import Network
-from tidar.sampling import SamplingParams, likely_outcomes, outcome_probabilities
+from tidar.decode.runner import Gain, Runner, power_of_two
+from tidar.decode.step import RANKS, Plan, choose_leaves
+from tidar.sampling import SamplingParams, outcome_probabilities
 
 SHAPES = (
-    *((1, 0), (2, 1), (2, 2), (3, 1), (3, 2), (3, 3), (4, 1), (4, 2), (4, 3), (4, 4), (6, 2), (6, 3), (6, 4), (6, 6)),
-    *((8, 1), (8, 2), (8, 3), (8, 4), (8, 5), (8, 7), (8, 8), (12, 2), (12, 4), (12, 6), (16, 2), (16, 3), (16, 4)),
-    *((16, 6), (16, 7), (16, 11), (16, 15)),
+    *((1, 0, 0), (2, 1, 0), (2, 2, 2), (3, 1, 2), (3, 2, 2), (3, 3, 3), (4, 1, 3), (4, 2, 3), (4, 3, 4), (4, 4, 4)),
+    *((6, 2, 3), (6, 2, 6), (6, 3, 4), (6, 4, 5), (8, 1, 0), (8, 1, 5), (8, 2, 3), (8, 2, 6), (8, 3, 4), (8, 3, 8)),
+    *((8, 4, 4), (8, 5, 6), (8, 7, 7), (12, 2, 4), (12, 4, 6), (16, 2, 6), (16, 3, 6), (16, 4, 8), (16, 6, 10)),
 )
-"""(draft length, outcomes) that `auto` chooses from; slots land on tiles of matrix products: 64, 72, 112, 128, 256."""
+"""(draft length, outcomes, alternatives) that `auto` chooses from. On a CPU every slot costs something, so small steps
+matter; alternatives cost one slot each and outcomes a draft length each."""
+SHAPES_CUDA = (
+    *((1, 0, 0), (2, 2, 3), (4, 1, 8), (4, 2, 4), (4, 4, 9), (8, 1, 0), (8, 1, 12), (8, 3, 0), (8, 3, 16)),
+    *((8, 7, 16), (8, 8, 8), (16, 3, 16), (16, 6, 16), (16, 15, 16)),
+)
+"""On a GPU each is a graph to capture for every batch size. Slots fill tiles of matrix products: 16, 32, 48, 64, 80."""
 PRIOR, PRIOR_WEIGHT = 0.7, 8.0
 """Acceptance of a draft before anything was seen, and how many observations that guess is worth."""
 MEMORY = 0.98
-"""Share of past observations that is kept for each new one."""
+"""Share of past observations that is kept with each new forward's."""
 THINK_AGAIN = 64
-"""Most forwards between two choices, each of which takes a few milliseconds; fewer while there is much to learn."""
-MARGIN = 1.03
-"""Drafting must promise this much more than plain decoding: both figures have errors."""
-LOOK_AGAIN = 64
-"""Plain steps between two looks at whether drafting pays after all."""
+"""Most forwards between two choices; fewer while there is much to learn."""
+MARGIN = 1.05
+"""Another plan must promise this much more than the running one, drafting as much more than plain decoding: all figures
+have errors, and a plan that is new to a batch size has its graph captured first."""
+LOOK_AGAIN, LOOK_AGAIN_MOST = 64, 1024
+"""Plain steps before the first look at whether drafting pays after all; twice as many after each look that says no."""
 LOOK = 4
-"""Forwards of such a look."""
+"""Forwards of such a look. The first judges nothing, as plain decoding left no drafts."""
 
 
-def expected_tokens(survival: Sequence[float], shapes: Sequence[tuple[int, int]]) -> list[float]:
-    """Tokens a forward in the long run, for each (draft length K, outcomes).
+def expected_tokens(
+    survival: Sequence[float], shapes: Sequence[tuple[int, int, int]], hits: Sequence[float] = RANKS
+) -> list[float]:
+    """Tokens a forward in the long run, for each shape (draft length K, outcomes, alternatives).
 
     With d drafts to judge, outcome j has probability P_d(j) (see `sampling.outcome_probabilities`), and the next d is K
-    less the distance to the nearest pre-drafted outcome at or before j, or 1 if there is none. This is a Markov chain
-    over d; the result is the mean of j under its stationary distribution. All shapes are computed together: the engine
-    asks between two forwards that may take half a millisecond.
+    less the distance to the nearest pre-drafted outcome at or before j, or 1 if there is none. If the draft that fell
+    has leaves, one of them is hit with probability `hits`, and then the second of the next drafts stands for certain.
+    This is a Markov chain over d and whether that is so; the result is the mean of j under its stationary distribution.
+    All shapes are computed together: the engine asks between two forwards that may take half a millisecond.
 
     Args:
         survival: probability that draft 2, 3, ... stands, given the ones before it; one fewer than the largest K.
-        shapes: K and how many of the likeliest outcomes are drafted for.
+        shapes: K, how many of the likeliest outcomes are drafted for, and how many leaves there are.
+        hits: probability that the right token is the drafter's second, third, ... choice, where the first fell.
     """
-    longest = max(length for length, _ in shapes)
-    lengths = torch.tensor([length for length, _ in shapes])
+    longest = max(length for length, *_ in shapes)
+    lengths, counts = (torch.tensor([shape[i] for shape in shapes])[:, None, None] for i in (0, 1))
     accepted = torch.arange(1, longest + 1)  # j; and d, row by row
-    drafted = torch.minimum(accepted, lengths[:, None])
-    chances = torch.tensor(survival[: longest - 1], dtype=torch.float64).repeat(longest, 1)
-    probabilities = torch.stack([outcome_probabilities(chances, d) for d in drafted])  # [shape, d, j]
-    moves = torch.zeros_like(probabilities)
-    for index, (length, outcomes) in enumerate(shapes):
-        if length == 1:
-            moves[index, :, 0] = 1
-            continue
-        chosen = likely_outcomes(chances, drafted[index], min(outcomes, length))
-        nearest = (chosen[:, None] <= accepted[:, None]).sum(-1) - 1
-        late = accepted - chosen.gather(1, nearest.clamp(min=0))
-        following = torch.where(nearest < 0, 1, length - late).clamp(min=1)
-        moves[index].scatter_add_(1, following - 1, probabilities[index])
-    settled = moves
-    for _ in range(6):  # 64 moves from d = 1
-        settled = settled @ settled
-    share = (settled[:, :1] + settled[:, :1] @ moves) / 2  # both phases, should it swing between two
-    return (share[:, 0] * (probabilities @ accepted.double())).sum(-1).tolist()
+    chances = torch.tensor(survival[: longest - 1], dtype=torch.float64).repeat(2 * longest, 1)
+    chances[longest:, :1] = 1  # the second half of the rows: draft 2 is certain
+    drafted = accepted.repeat(2)
+    probabilities = outcome_probabilities(chances, drafted)  # [d and certainty, j]
+    rank = probabilities.argsort(1, descending=True).argsort(1)
+    chosen = torch.where(rank < counts, accepted, 0)  # [shape, d, j]: j where it is pre-drafted
+    nearest = chosen.cummax(2).values
+    following = torch.where(nearest == 0, 1, (lengths - accepted + nearest).clamp(min=1))
+    hit = torch.from_numpy(np.stack([_hit_rates(shape, longest, hits) for shape in shapes]))[:, None]
+    hit = hit * (accepted < drafted[:, None])  # [shape, d, j]
+    moves = torch.zeros(*following.shape[:2], 2 * longest, dtype=torch.float64)
+    moves.scatter_add_(2, following - 1, probabilities * (1 - hit))
+    certain = torch.where(nearest == 0, 2, following).clamp(min=2) - 1 + longest
+    moves.scatter_add_(2, certain.clamp(max=2 * longest - 1), probabilities * hit)
+    # numpy from here on: torch wakes a team of threads even for products this small, which may take milliseconds.
+    each = np.linalg.matrix_power(moves.numpy(), 64)[:, 0]  # from d = 1
+    share = (each + np.einsum("si,sij->sj", each, moves.numpy())) / 2  # both phases, should it swing between two
+    return (share @ (probabilities * accepted).sum(1).numpy()).tolist()
+
+
+def _hit_rates(shape: tuple[int, int, int], longest: int, hits: Sequence[float]) -> np.ndarray:
+    """[longest] probability that a leaf is hit where j drafts stand and the next one falls, for j = 1, 2, ..."""
+    rates = np.zeros(longest)
+    for parent, rank in choose_leaves(shape[0], shape[2]):
+        rates[parent] += hits[rank]
+    return rates
 
 
 class Acceptance:
-    """Survival of drafts 2..K, from what was observed: a running mean that forgets, with a guess to start from."""
+    """What was observed, as running means that forget, with guesses to start from.
+
+    `survival` of drafts 2..K, each given the ones before it; and how often leaves are hit, as a multiple of RANKS.
+    """
 
     def __init__(self, draft_length: int) -> None:
         self.tried = [PRIOR_WEIGHT] * (draft_length - 1)
         self.stood = [PRIOR_WEIGHT * PRIOR] * (draft_length - 1)
+        self.awaited = self.hit = PRIOR_WEIGHT
+        self._next = 0.0
 
-    def observe(self, accepted: int, drafted: int) -> None:
-        """`accepted` drafts stood of `drafted`, both counting the first, which always does."""
-        for draft in range(min(accepted, drafted - 1)):
-            self.tried[draft] = self.tried[draft] * MEMORY + 1
-            self.stood[draft] = self.stood[draft] * MEMORY + (draft + 1 < accepted)
+    def observe(self, plan: Plan, gains: Sequence[Gain]) -> None:
+        """A forward of `plan` and what it gave each row. The first draft always stands; so does a known second one."""
+        judged, standing = [0] * (len(self.tried) + 1), [0] * (len(self.tried) + 1)
+        for gain in gains:
+            judged[min(len(gain.tokens), gain.drafted - 1)] += 1
+            standing[len(gain.tokens) - 1] += 1
+        certain = sum(gain.known > 1 < min(gain.drafted, len(gain.tokens)) for gain in gains)
+        tried = stood = 0
+        for draft in reversed(range(len(self.tried))):
+            tried, stood = tried + judged[draft + 1], stood + standing[draft + 1]
+            if draft == 0:
+                tried, stood = tried - certain, stood - certain
+            if tried:
+                self.tried[draft] = self.tried[draft] * MEMORY + tried
+                self.stood[draft] = self.stood[draft] * MEMORY + stood
+        if self._next:  # a hit shows in the forward after it
+            self.awaited = self.awaited * MEMORY + self._next
+            self.hit = self.hit * MEMORY + sum(gain.known > 1 for gain in gains)
+        rates = _hit_rates((plan.draft_length, plan.blocks, plan.alternatives), plan.draft_length, RANKS)
+        self._next = sum(rates[len(gain.tokens) - 1] for gain in gains if len(gain.tokens) < gain.drafted)
 
     @property
     def survival(self) -> list[float]:
         return [stood / tried for stood, tried in zip(self.stood, self.tried, strict=True)]
 
+    @property
+    def hits(self) -> list[float]:
+        """Probability that the right token is the drafter's second, third, ... choice, where the first fell."""
+        luck = min(self.hit / self.awaited, 1 / sum(RANKS))
+        return [luck * rate for rate in RANKS]
+
 
 class AutoPlanner:
-    """Chooses among SHAPES before every forward.
+    """Chooses among the device's shapes before every forward.
 
     Args:
         params: how tokens are chosen.
@@ -100,48 +145,76 @@ class AutoPlanner:
     """
 
     def __init__(self, params: SamplingParams, remeasure: bool = False) -> None:
-        self.plans = [Plan(length, params, blocks) for length, blocks in SHAPES]
-        self.longest = replace(max(self.plans, key=lambda plan: plan.draft_length), outcomes=None)
+        self.params, self.remeasure = params, remeasure
+        self.longest = max((self._plan_of(shape) for shape in SHAPES_CUDA), key=lambda plan: plan.slots)
         self.acceptance = Acceptance(self.longest.draft_length)
-        self.remeasure = remeasure
         self.costs: dict[int, list[tuple[Plan, float]]] = {}
-        self._chosen: dict[int, Plan] = {}
-        self._age = self._plain = self._think = 0
+        self._plan = self._running = Plan(1, params)  # what to do now, and what was chosen: they differ in a look
+        self._size = self._left = self._age = 0  # batch size of the choice, forwards until the next, forwards so far
+        self._patience = LOOK_AGAIN
 
-    def prepare(self, network: Network, rows: int) -> None:
-        measured = Costs(network, self.remeasure)
+    def prepare(self, runner: Runner, rows: int) -> None:
+        measured = Costs(runner, self.remeasure)
+        shapes = SHAPES_CUDA if runner.network.device.type == "cuda" else SHAPES
+        plans = [self._plan_of(shape) for shape in shapes]
         size = 1
         while size < 2 * rows:
-            self.costs[size] = measured.of(self.plans, size)
+            self.costs[size] = measured.of(plans, size)
+            # A larger batch leaves fewer slots free: what cannot pay here cannot pay there.
+            plans = [plan for plan, _ in self.costs[size]]
             size *= 2
-        self.remeasure = False
+        self._size, self.remeasure = 0, False
         measured.save()
 
-    def observe(self, accepted: int, drafted: int) -> None:
-        self.acceptance.observe(accepted, drafted)
+    def _plan_of(self, shape: tuple[int, int, int]) -> Plan:
+        length, outcomes, alternatives = shape
+        return Plan(length, self.params, outcomes, alternatives)
+
+    def observe(self, plan: Plan, gains: Sequence[Gain]) -> None:
+        self.acceptance.observe(plan, gains)
 
     def choose(self, rows: int) -> Plan:
-        size = 1 << max(0, rows - 1).bit_length()
-        if size not in self._chosen or self._age >= self._think:
-            self._chosen = {size: self.best(size)}
-            self._think = self._age + min(max(self._age, 4), THINK_AGAIN)
-        self._age += 1
-        plan = self._chosen[size]
-        if plan.drafting:
-            self._plain = 0
-            return plan
-        self._plain += 1
-        looking = self._plain % (LOOK_AGAIN + LOOK) >= LOOK_AGAIN
-        return self.best(size, drafting=True) if looking else plan
+        size = power_of_two(rows)
+        if size != self._size:
+            self._size = size
+            self._settle()
+        elif not self._left:
+            self._turn()
+        self._left, self._age = self._left - 1, self._age + 1
+        return self._plan
 
-    def best(self, rows: int, drafting: bool = False) -> Plan:
-        """The plan with the most expected tokens per second for a batch of `rows`; `drafting` leaves out the plain."""
-        costs = self.costs[rows]
-        gains = expected_tokens(self.acceptance.survival, [(plan.draft_length, plan.blocks) for plan, _ in costs])
-        rates = {plan: gain / seconds for (plan, seconds), gain in zip(costs, gains, strict=True)}
+    def best(self, rows: int) -> Plan:
+        """The plan with the most expected tokens per second for a batch of `rows`; the running one, if hardly worse."""
+        rates = self._rates(rows)
         plain = next(plan for plan in rates if not plan.drafting)
-        drafts = [plan for plan in rates if plan.drafting]
-        if not drafts:
-            return plain
-        best = max(drafts, key=lambda plan: rates[plan])
-        return best if drafting or rates[best] > MARGIN * rates[plain] else plain
+        best, running = max(rates, key=lambda plan: rates[plan]), self._running
+        if running.drafting and rates[plain] < rates.get(running, 0.0) >= rates[best] / MARGIN:
+            return running
+        return best if rates[best] > MARGIN * rates[plain] else plain
+
+    def _rates(self, rows: int) -> dict[Plan, float]:
+        """Expected tokens per second of every plan that can pay."""
+        costs = self.costs[rows]
+        shapes = [(plan.draft_length, plan.blocks, plan.alternatives) for plan, _ in costs]
+        gains = expected_tokens(self.acceptance.survival, shapes, self.acceptance.hits)
+        return {plan: gain / seconds for (plan, seconds), gain in zip(costs, gains, strict=True)}
+
+    def _turn(self) -> None:
+        """What comes when a plan has had its time: after plain decoding a look at drafting, else another choice."""
+        looked = self._plan != self._running
+        if not looked and not self._running.drafting:
+            rates = {plan: rate for plan, rate in self._rates(self._size).items() if plan.drafting}
+            if rates:
+                self._plan, self._left = max(rates, key=lambda plan: rates[plan]), LOOK
+                return
+        if looked:
+            self._patience = min(2 * self._patience, LOOK_AGAIN_MOST)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Choose a plan, and for how many forwards."""
+        self._plan = self._running = self.best(self._size)
+        if self._running.drafting:
+            self._patience, self._left = LOOK_AGAIN, min(max(self._age, 4), THINK_AGAIN)
+        else:
+            self._left = self._patience

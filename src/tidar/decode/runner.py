@@ -8,23 +8,32 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from tidar.decode.cache import RowCache
-from tidar.decode.step import Plan, State, step
+from tidar.decode.cache import ROUND, RowCache
+from tidar.decode.step import Plan, State, pack_prompts, prefill, prefill_rows, step
 from tidar.layout import prefill_layout
 from tidar.model.network import Network
 
 FUSED_ERROR, FUSED_ERROR_16_BIT = 1e-3, 0.05
 """Relative difference of the median final state that rounding explains."""
 MOST_GRAPHS = 256
-"""Captured steps that are kept; a server may be asked for any number of temperatures."""
+"""Captured graphs that are kept; a server may be asked for any number of temperatures."""
 CAPACITY = 1024
-"""Cache room on a GPU comes in multiples of this, so that the next run's prompts fit as well."""
+"""Cache room on a GPU is this times a power of two, so that the next run's prompts fit as well."""
+MOST_SLOTS = 8192
+"""Slots of a captured prefill, padding included. With PREFILL_WORK this bounds the memory that graphs hold: keys and
+values of a prefill take at most 190 MB at the shapes of SmolLM2-135M (8192 slots) and of Qwen3-8B (1220)."""
+LONGEST = 2048
+"""Slots a row of a captured prefill: the mask of longer ones would outgrow their keys and values."""
+PREFILL_WORK = 2e13
+"""Floating-point operations of prompts that are not worth a graph: their products take as long as their launches."""
 
 
 class Pending:
@@ -41,9 +50,13 @@ class Pending:
 
     def get(self) -> list[Gain]:
         """What each row gained; waits if it must."""
+        return [Gain(drafted, known, tokens[:accepted]) for accepted, drafted, known, *tokens in self.values()]
+
+    def values(self) -> list:
+        """The tensor as lists; waits if it must."""
         if self.event is not None:
             self.event.synchronize()
-        return [Gain(drafted, known, tokens[:accepted]) for accepted, drafted, known, *tokens in self.host.tolist()]
+        return self.host.tolist()
 
 
 class Gain(NamedTuple):
@@ -81,14 +94,16 @@ class Runner:
         """Say which of the first rows run."""
         assert self.state is not None
         if active != self.active:
-            self.state.active[: len(active)] = torch.tensor(active, device=self.state.active.device)
+            send(torch.tensor(active), self.state.active[: len(active)])
             self.active = list(active)
 
-    def put_rows(self, places: list[int], joined: State) -> None:
-        """Let the rows of `joined` run in `places`."""
+    def admit(self, prompts: list[list[int]], rows: list[int], places: list[int], plan: Plan) -> list[int]:
+        """Prefill the prompts of job rows `rows` and let them run in `places`; returns their first tokens."""
         assert self.state is not None
+        joined = prefill(self.network, prompts, rows, plan)
         self.state.put_rows(torch.tensor(places, device=self.state.active.device), joined)
         self.active = []  # they are active on the device, whatever was said last
+        return joined.drafts[:, 0].tolist()
 
     def step(self, plan: Plan, rows: int, longest: int) -> Pending:
         """One forward over the first `rows` rows; `longest` is the largest of their lengths, known as nothing lags."""
@@ -96,15 +111,39 @@ class Runner:
         return Pending(step(self.network, self.state.first(rows), plan, longest).packed)
 
 
+def send(values: Tensor, to: Tensor) -> None:
+    """Copy a host tensor to the device, in the order of its work and without waiting for it."""
+    to.copy_(values.pin_memory() if to.is_cuda else values, non_blocking=True)
+
+
+class Graph(Protocol):
+    """A torch.cuda.CUDAGraph, or what stands for one in tests."""
+
+    def replay(self) -> None: ...
+
+
+class Captured(NamedTuple):
+    """A graph, the tensor it leaves its result in, and the one it reads (None for a step, which reads the state)."""
+
+    graph: Graph
+    result: Tensor
+    inputs: Tensor | None = None
+
+
 class GraphRunner(Runner):
-    """Every (plan, batch size) is captured once as a CUDA graph and then replayed."""
+    """Every (plan, batch size) is captured once as a CUDA graph and then replayed; so is every size of a prefill.
+
+    Graphs never run at the same time, so they share one memory pool. A prefill's keys and values live in it until the
+    graph itself has copied them to the rows' places.
+    """
 
     lag = 1
 
     def __init__(self, network: Network) -> None:
         super().__init__(network)
-        self.graphs: dict[tuple[Plan, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self.pool = torch.cuda.graph_pool_handle()  # graphs never run at the same time, so they can share memory
+        self.graphs: OrderedDict[tuple, Captured] = OrderedDict()
+        self.pool = torch.cuda.graph_pool_handle()
+        self.weights = sum(p.numel() for p in network.lm.parameters())
 
     @torch.inference_mode()
     def prepare(self, rows: int, capacity: int, plan: Plan) -> State:
@@ -120,50 +159,143 @@ class GraphRunner(Runner):
             held.active.zero_()
             return held
         length = plan.draft_length if held is None else max(plan.draft_length, held.drafts.shape[1])
+        rows, capacity = self._grown(rows, capacity)
         self._forget()
         self.state = held = None  # its memory first
-        capacity = -(-capacity // CAPACITY) * CAPACITY
         self.state = State.empty(rows, capacity, length, self.network, sampled)
         step(self.network, self.state, replace(plan, draft_length=1))  # makes the cache's tensors
         return self.state
 
+    def _grown(self, rows: int, capacity: int) -> tuple[int, int]:
+        """Size of a new state: with room to grow, up to the model's context, and able to do what the old one could.
+
+        A new state drops all graphs. The last is given up where it would take more than twice the memory.
+        """
+        roomy, context = CAPACITY * power_of_two(-(-capacity // CAPACITY)), self.network.max_positions
+        # Behind the context's end there is only room for drafts and masks.
+        capacity = roomy if context is None else max(capacity, min(roomy, context + CAPACITY))
+        if self.state is None:
+            return rows, capacity
+        old_rows, old_capacity = len(self.state.drafts), self.state.cache.capacity
+        both = max(rows, old_rows), max(capacity, old_capacity)
+        worth_it = both[0] * both[1] <= 2 * max(rows * capacity, old_rows * old_capacity)
+        return both if worth_it else (rows, capacity)
+
     def batch_for(self, rows: int) -> int:
-        return 1 << max(0, rows - 1).bit_length()
+        return power_of_two(rows)
 
     @torch.inference_mode()
     def step(self, plan: Plan, rows: int, longest: int) -> Pending:
-        key = plan.key, rows
-        if key not in self.graphs:
-            if len(self.graphs) >= MOST_GRAPHS:
-                self._forget()
-            self.graphs[key] = self._capture(plan, rows)
-        graph, result = self.graphs[key]
+        graph, result, _ = self._captured((plan.key, rows), lambda: self._capture_step(plan, rows))
         graph.replay()
         return Pending(result)
+
+    @torch.inference_mode()
+    def admit(self, prompts: list[list[int]], rows: list[int], places: list[int], plan: Plan) -> list[int]:
+        masks = plan.draft_length if plan.drafting else 0
+        pieces = list(cut([len(prompt) + masks for prompt in prompts]))
+        work = sum((piece.stop - piece.start) * slots for piece, slots in pieces) * 2 * self.weights
+        if work > PREFILL_WORK or any(slots > LONGEST for _, slots in pieces):
+            return super().admit(prompts, rows, places, plan)
+        self.active = []
+        plan = replace(plan, outcomes=None)  # a prefill has one block, whatever the steps prune
+        firsts = [
+            self._admit(prompts[piece], rows[piece], places[piece], plan, slots - masks) for piece, slots in pieces
+        ]
+        return [token for first in firsts for token in first.values()]
+
+    def _admit(self, prompts: list[list[int]], rows: list[int], places: list[int], plan: Plan, width: int) -> Pending:
+        """One graph's share: prompts padded to `width`."""
+        packed = pack_prompts(prompts, rows, plan.params.seed, width)
+        inputs = torch.cat((packed, torch.tensor(places)[:, None]), 1)
+        captured = self._captured(
+            (plan.key, "prefill", len(prompts), width), lambda: self._capture_admission(plan, inputs)
+        )
+        assert captured.inputs is not None
+        send(inputs, captured.inputs)
+        captured.graph.replay()
+        return Pending(captured.result)
+
+    def _captured(self, key: tuple, capture: Callable[[], Captured]) -> Captured:
+        """The graph of `key`; a new one may take the place of the one that was not used for longest."""
+        if key not in self.graphs:
+            if len(self.graphs) >= MOST_GRAPHS:
+                torch.cuda.synchronize()  # it may still be replaying
+                self.graphs.popitem(last=False)
+            self.graphs[key] = capture()
+        self.graphs.move_to_end(key)
+        return self.graphs[key]
 
     def _forget(self) -> None:
         torch.cuda.synchronize()  # the last run's last step may still be replaying
         self.graphs.clear()
         self.pool = torch.cuda.graph_pool_handle()
 
-    def _capture(self, plan: Plan, rows: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def _capture_step(self, plan: Plan, rows: int) -> Captured:
         assert self.state is not None
-        state, started = self.state.first(rows), time.perf_counter()
-        kept = [tensor.clone() for tensor in (state.cache.lengths, *state.tensors())]
+        state = self.state.first(rows)
+        tensors = [state.cache.lengths, *state.tensors()]
+        kept = [tensor.clone() for tensor in tensors]
+        graph, result = self._record(
+            lambda: step(self.network, state, plan).packed, f"a step of {plan.slots} slots x {rows} rows"
+        )
+        for tensor, value in zip(tensors, kept, strict=True):
+            tensor.copy_(value)
+        return Captured(graph, result)
+
+    def _capture_admission(self, plan: Plan, inputs: Tensor) -> Captured:
+        """A prefill of as many rows and as wide as `inputs`: packed prompts, each followed by its place.
+
+        It is run before it is captured, which puts the rows of `inputs` in their places; to do so again is harmless.
+        """
+        assert self.state is not None
+        state, held = self.state, torch.empty(inputs.shape, dtype=inputs.dtype, device=self.network.device)
+        send(inputs, held)
+
+        def admission() -> Tensor:
+            joined = prefill_rows(self.network, held[:, :-1], plan)
+            state.put_rows(held[:, -1], joined)
+            return joined.drafts[:, 0].clone()
+
+        return Captured(*self._record(admission, f"a prefill of {inputs.shape[1]} x {len(inputs)} tokens"), held)
+
+    def _record(self, work: Callable[[], Tensor], what: str) -> tuple[Graph, Tensor]:
+        """Run `work` once, then capture it: the graph and its result."""
+        started = time.perf_counter()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            step(self.network, state, plan)  # compiles kernels and makes the libraries' workspaces
+            work()  # compiles kernels and makes the libraries' workspaces
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
-            result = step(self.network, state, plan).packed
-        for tensor, value in zip((state.cache.lengths, *state.tensors()), kept, strict=True):
-            tensor.copy_(value)
+            result = work()
         torch.cuda.synchronize()
         if (seconds := time.perf_counter() - started) > 2:
-            print(f"captured a step of {plan.slots} slots x {rows} rows in {seconds:.1f} s", file=sys.stderr)
+            print(f"captured {what} in {seconds:.1f} s", file=sys.stderr)
         return graph, result
+
+
+def cut(slots: list[int]) -> Iterator[tuple[slice, int]]:
+    """Cut a queue of prompts that need `slots` into pieces of few sizes: (which, slots a row).
+
+    Rows and slots are powers of two; rows are not padded, since seven rows are four, two and one.
+    """
+    start = 0
+    while start < len(slots):
+        rows = 1 << ((len(slots) - start).bit_length() - 1)
+        while rows * (widest := bucket(max(slots[start : start + rows]))) > MOST_SLOTS and rows > 1:
+            rows //= 2
+        yield slice(start, start + rows), widest
+        start += rows
+
+
+def bucket(slots: int) -> int:
+    return max(ROUND, power_of_two(slots))
+
+
+def power_of_two(least: int) -> int:
+    return 1 << max(0, least - 1).bit_length()
 
 
 def runner_for(network: Network) -> Runner:

@@ -163,7 +163,7 @@ class State:
             torch.ones(rows, dtype=torch.long, device=device),
             torch.ones(rows, dtype=torch.long, device=device),
             torch.zeros(rows, others, device=device),
-            torch.full((rows, others, ALTERNATIVES), -1, dtype=torch.long, device=device),
+            torch.zeros(rows, others, ALTERNATIVES, dtype=torch.long, device=device),
             probs,
             torch.zeros(rows, dtype=torch.long, device=device),
             torch.zeros(rows, dtype=torch.bool, device=device),
@@ -238,20 +238,32 @@ def point_masses(drafts: Tensor, count: int, vocabulary: int) -> DraftProbs:
 @torch.inference_mode()
 def prefill(network: Network, prompts: list[list[int]], rows: list[int], plan: Plan) -> State:
     """Run the prompts (token ids, none empty) of job rows `rows`; the state's first drafts are the first new tokens."""
-    device, width = network.device, max(map(len, prompts))
-    if device.type == "cuda":
+    width = max(map(len, prompts))
+    if network.device.type == "cuda":
         width = -(-width // ROUND) * ROUND  # libraries plan anew for every shape
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    ids = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=device)
+    return prefill_rows(network, pack_prompts(prompts, rows, plan.params.seed, width).to(network.device), plan)
+
+
+def pack_prompts(prompts: list[list[int]], rows: list[int], seed: int, width: int) -> Tensor:
+    """[B, width + 2] on the host: each prompt's ids, zeros, its length, and the seed of its row's random stream."""
+    ids = torch.tensor([p + [0] * (width - len(p)) + [len(p)] for p in prompts])
+    return torch.cat((ids, row_seeds(seed, torch.tensor(rows))[:, None]), 1)
+
+
+@torch.inference_mode()
+def prefill_rows(network: Network, packed: Tensor, plan: Plan) -> State:
+    """`prefill` of prompts that are on the device, see `pack_prompts`. Like a step, it asks the device nothing."""
+    ids, lengths, seeds = packed[:, :-2], packed[:, -2], packed[:, -1]
+    batch, width = ids.shape
     layout = prefill_layout(lengths, width, plan.draft_length if plan.drafting else 0)
-    state = State.empty(len(prompts), layout.size, plan.draft_length, network, not plan.params.greedy)
-    state.seeds.copy_(row_seeds(plan.params.seed, torch.tensor(rows, device=device)))
+    state = State.empty(batch, layout.size, plan.draft_length, network, not plan.params.greedy)
+    state.seeds.copy_(seeds)
     state.active.fill_(True)
     state.cache.reserve(layout.size)
     # cuDNN's attention takes a tenth of a second to plan for a shape it has not seen.
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
         hidden = network(ids, layout, state.cache, fused=True)
-    last = hidden[torch.arange(len(prompts), device=device), lengths - 1]
+    last = hidden[torch.arange(batch, device=ids.device), lengths - 1]
     # A prefill is a step whose only "draft", the last prompt token, stands.
     state.drafts[:, 0] = ids.gather(1, lengths[:, None] - 1)[:, 0]
     anchors = torch.zeros_like(layout.anchors)

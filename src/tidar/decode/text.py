@@ -1,4 +1,4 @@
-"""Token ids to text, one token at a time: whole characters only, and never a piece of a stop string."""
+"""Token ids to text as they come: whole characters only, and never a piece of a stop string."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 _INCOMPLETE = "\ufffd"
+_WINDOW = 32
+"""Ids that are decoded again with every push, at most; a push that exceeds it costs a second look."""
 
 
 class TextStream:
@@ -20,24 +22,30 @@ class TextStream:
         self.tokenizer, self.stop = tokenizer, tuple(stop)
         self.text, self.stopped = "", False
         self._ids: list[int] = []
-        self._context = self._read = 0  # ids before _read are in `text`; those from _context on give them their spacing
+        # Ids before _read are in `text`; those from _context on, which read _read_text, give new ones their spacing.
+        self._context, self._read, self._read_text = 0, 0, ""
         self._taken = 0
 
-    def push(self, token: int) -> bool:
-        """Add a token; True if it completed a stop string (further tokens are then not to be pushed)."""
-        self._ids.append(token)
-        new = self._decode(self._context, len(self._ids))
-        if new.endswith(_INCOMPLETE):
-            return False
-        self._append(new[len(self._decode(self._context, self._read)) :])
-        self._context, self._read = self._read, len(self._ids)
-        return self.stopped
+    def push(self, tokens: Sequence[int]) -> int:
+        """Add tokens, up to the one that completes a stop string (`stopped`); returns how many were added."""
+        before = len(self._ids), self._context, self._read, self._read_text, self.text
+        self._add(tokens)
+        if not self.stop or len(tokens) == 1 or (self._read == len(self._ids) and not self.stopped):
+            return len(tokens)
+        # Perhaps a stop string, perhaps hidden by an unfinished character behind it: look token by token.
+        kept, self._context, self._read, self._read_text, self.text = before
+        del self._ids[kept:]
+        self.stopped = False
+        for count, token in enumerate(tokens, 1):
+            self._add([token])
+            if self.stopped:
+                return count
+        return len(tokens)
 
     def finish(self) -> None:
         """No more tokens: an unfinished character is shown as it is, nothing is held back any longer."""
         if not self.stopped and self._read < len(self._ids):
-            read = self._decode(self._context, self._read)
-            self._append(self._decode(self._context, len(self._ids))[len(read) :])
+            self._append(self._decode(self._context, len(self._ids))[len(self._read_text) :])
             self._read = len(self._ids)
         self.stop = ()
 
@@ -47,6 +55,17 @@ class TextStream:
         ready = max(self._taken, len(self.text) - held)
         piece, self._taken = self.text[self._taken : ready], ready
         return piece
+
+    def _add(self, tokens: Sequence[int]) -> None:
+        self._ids += tokens
+        new = self._decode(self._context, len(self._ids))
+        if new.endswith(_INCOMPLETE):
+            return
+        self._append(new[len(self._read_text) :])
+        self._read_text = new
+        if len(self._ids) - self._context > _WINDOW:
+            self._context, self._read_text = self._read, self._decode(self._read, len(self._ids))
+        self._read = len(self._ids)
 
     def _append(self, piece: str) -> None:
         before = len(self.text)

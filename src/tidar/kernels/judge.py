@@ -60,7 +60,7 @@ def decide_eager(verdict: Verdict, judged: Judged, block_size: int) -> Decision:
         late = (accepted - 1 - anchors.gather(1, index[:, None])[:, 0]).clamp(min=0)
         place = (late[:, None] + places).clamp(max=block_size - 1)
         masks = (rows * slots + clean + index * block_size)[:, None] + place
-        following = torch.where(nearest < 0, 1 + (after >= 0), block_size - late)
+        following = torch.maximum(torch.where(nearest < 0, 1, block_size - late), 1 + (after >= 0))
     else:
         masks, following = accepted.new_zeros(len(accepted), block_size), 1 + (after >= 0)
     new = torch.cat((drafts[:, 1:], drafts[:, :1]), 1).scatter(1, accepted[:, None] - 1, next_token[:, None])
@@ -171,7 +171,8 @@ if triton is not None:
         place = tl.minimum(late + k, BLOCK - 1)
         start = b * slots + clean + tl.maximum(before - 1, 0) * BLOCK
         tl.store(masks + b * BLOCK + k, start + place, mask=k < BLOCK)
-        tl.store(following + b, tl.where(before > 0, BLOCK - late, 1 + (told >= 0).to(tl.int64)))
+        drafts_left = tl.where(before > 0, BLOCK - late, 1)
+        tl.store(following + b, tl.maximum(drafts_left, 1 + (told >= 0).to(tl.int64)))
         tl.store(next_token + b, token)
         tl.store(after + b, told)
         out = result + b * (3 + LENGTH)

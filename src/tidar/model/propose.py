@@ -99,10 +99,10 @@ def propose(
 
 
 def _next_best(score: Tensor, candidates: Tensor, chosen: Tensor) -> Tensor:
-    """[B, ALTERNATIVES] the best of candidates [B, C] by score [B, C] but for the chosen one [B]; some may be -1."""
+    """[B, ALTERNATIVES] the best of candidates [B, C] by score [B, C] but for the chosen ones; 0 if there are few."""
     rest = score.scatter(1, chosen[:, None], -torch.inf)
     found = candidates.gather(1, rest.topk(min(ALTERNATIVES, rest.shape[1] - 1), 1).indices)
-    return F.pad(found, (0, ALTERNATIVES - found.shape[1]), value=-1)
+    return F.pad(found, (0, ALTERNATIVES - found.shape[1]))
 
 
 def _kernels(network: Network) -> bool:

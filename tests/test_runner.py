@@ -1,0 +1,215 @@
+"""What captured graphs are asked to do, with stand-ins that run the same functions on the CPU."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tidar.decode import runner as module
+from tidar.decode.cache import RowCache
+from tidar.decode.engine import Engine, Limits
+from tidar.decode.planner import AutoPlanner
+from tidar.decode.runner import CAPACITY, LONGEST, MOST_SLOTS, GraphRunner, cut
+from tidar.decode.step import Plan, State, pack_prompts, prefill, prefill_rows, step
+from tidar.sampling import SamplingParams
+from tiny import CONTEXT, PROMPTS, continuations, network_of, tiny_network
+
+SAMPLED = SamplingParams(temperature=0.8, seed=3)
+
+
+class Replayed(GraphRunner):
+    """Its graphs run what they would have captured."""
+
+    def __init__(self, network) -> None:
+        super().__init__(network)
+        self.made = list[str]()
+
+    def _record(self, work, what):
+        self.made.append(what)
+        result = work()
+
+        class Graph:
+            def replay(self) -> None:
+                result.copy_(work())
+
+        return Graph(), result
+
+
+class Copied(module.Pending):
+    """As on a GPU, the next replay does not change it."""
+
+    def __init__(self, packed: torch.Tensor) -> None:
+        super().__init__(packed.clone())
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(module, "Pending", Copied)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+
+def tensors(state: State) -> Iterator[torch.Tensor]:
+    yield from (state.cache.lengths, *state.tensors())
+    for row, length in enumerate(state.cache.lengths.tolist()):
+        yield from (store[row, :, :length] for store in (*state.cache.keys, *state.cache.values))
+
+
+def assert_same(state: State, wanted: State) -> None:
+    for mine, theirs in zip(tensors(state), tensors(wanted), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt_bigcode"])
+@pytest.mark.parametrize("plan", [Plan(1), Plan(4), Plan(4, SAMPLED)])
+def test_padding_changes_nothing_in_the_state_of_a_prefill(arch, plan):
+    wanted = prefill(network_of(arch), PROMPTS, [4, 3, 2, 1, 0], plan)
+    packed = pack_prompts(PROMPTS, [4, 3, 2, 1, 0], plan.params.seed, CONTEXT + 20)
+    assert_same(prefill_rows(network_of(arch), packed, plan), wanted)
+
+
+class AskNothing(TorchDispatchMode):
+    """Refuses what a captured graph cannot do: read a value back, or bring one from the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        indices = args[1] if name in ("index", "index_put_") else ()
+        counted = any(index is not None and index.dtype == torch.bool for index in indices)
+        if counted or name in ("_local_scalar_dense", "nonzero", "lift_fresh", "equal", "masked_select"):
+            raise AssertionError(f"a captured prefill calls {name}")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(
+    "plan",
+    [Plan(1), Plan(4), Plan(4, outcomes=2, alternatives=5), Plan(4, SAMPLED, 3, 4), Plan(4, SamplingParams(trust=0.5))],
+)
+def test_prefill_and_admission_ask_the_device_nothing(plan, fused, monkeypatch):
+    network = tiny_network("llama")
+    if fused:
+        network.fused = network.build_fused()
+    monkeypatch.setattr(RowCache, "get_seq_length", lambda *_: pytest.fail("reads a length back"))
+    packed, places = pack_prompts(PROMPTS[:2], [0, 1], 0, 24), torch.tensor([1, 0])
+    state = State.empty(2, 128, plan.draft_length, network, not plan.params.greedy)
+    state.put_rows(places, prefill_rows(network, packed, plan))
+    step(network, state, plan)  # makes what is kept between steps, as before a capture
+    with torch.inference_mode(), AskNothing():
+        state.put_rows(places, prefill_rows(network, packed, plan))
+        step(network, state, plan)
+
+
+def test_the_watch_of_that_test_sees_what_it_should():
+    for ask in (lambda: torch.ones(1).item(), lambda: torch.tensor([1, 2]), lambda: torch.ones(2)[torch.ones(2) > 0]):
+        with pytest.raises(AssertionError, match="captured"), AskNothing():
+            ask()
+
+
+@given(st.lists(st.integers(1, LONGEST), max_size=40))
+def test_pieces_are_few_sizes_that_hold_their_prompts(slots):
+    seen = []
+    for piece, width in cut(slots):
+        rows = slots[piece]
+        seen += rows
+        assert len(rows) & (len(rows) - 1) == width & (width - 1) == 0
+        assert max(rows) <= width < 2 * max(max(rows), 64)
+        assert len(rows) * width <= MOST_SLOTS
+    assert seen == slots
+
+
+@pytest.mark.parametrize("plan", [Plan(1), Plan(4), Plan(4, SAMPLED)])
+def test_an_admission_puts_what_a_prefill_gives_in_its_places(plan):
+    """Twice the same sizes, so that the second time a graph with other inputs is replayed."""
+    network, places = network_of("llama"), [6, 0, 3]
+    mine, eager = Replayed(network), module.Runner(network)
+    for runner in (mine, eager):
+        runner.prepare(8, 100, plan)
+    for rows in ([0, 1, 2], [2, 3, 4]):
+        prompts = [PROMPTS[row] for row in rows]
+        assert mine.admit(prompts, rows, places, plan) == eager.admit(prompts, rows, places, plan)
+        assert mine.state.active.tolist() == [place in places for place in range(8)]
+        for place in places:
+            one, other = ([t[place] for t in runner.state.tensors()] for runner in (mine, eager))
+            for a, b in zip(one, other, strict=True):
+                torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+        assert mine.state.cache.lengths.tolist() == eager.state.cache.lengths.tolist()
+    assert len(mine.graphs) == 2  # two rows, and one
+
+
+def test_work_that_hides_its_launches_and_long_prompts_are_not_captured(monkeypatch):
+    runner, plan = Replayed(network_of("llama")), Plan(4)
+    runner.prepare(2, CONTEXT, plan)
+    for name, value in (("PREFILL_WORK", 0), ("LONGEST", 32)):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, value)
+            assert runner.admit(PROMPTS[:1], [0], [0], plan) == continuations("llama")[0][:1]
+        assert not runner.graphs
+    runner.admit(PROMPTS[:1], [0], [0], plan)
+    assert len(runner.graphs) == 1
+
+
+def decode(network, planner, rows, batch_size, new=20):
+    prompts, answers = [PROMPTS[row] for row in rows], {}
+    for updates in Engine(network, planner).run(prompts, Limits(new), batch_size):
+        answers.update({u.answer.row: u.answer.token_ids for u in updates})
+    return [answers[i] for i in range(len(rows))]
+
+
+@settings(max_examples=15)
+@given(st.data())
+def test_greedy_output_is_that_of_generate_with_graphs(data):
+    """Refills, compaction, batches that are no powers of two, and a runner that is kept between runs."""
+    network = tiny_network("llama")
+    runner = Replayed(network)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tidar.decode.engine.runner_for", lambda network: runner)
+        for _ in range(2):
+            rows = data.draw(st.lists(st.integers(0, len(PROMPTS) - 1), min_size=1, max_size=9))
+            plan = data.draw(st.sampled_from([Plan(1), Plan(4), Plan(8, outcomes=2)]))
+            got = decode(network, plan, rows, data.draw(st.integers(1, 8)))
+            assert got == [continuations("llama")[row][:20] for row in rows]
+
+
+def test_what_was_captured_while_measuring_is_what_the_run_replays(monkeypatch):
+    network = tiny_network("llama")
+    runner = Replayed(network)
+    monkeypatch.setattr("tidar.decode.engine.runner_for", lambda network: runner)
+    decode(network, AutoPlanner(SamplingParams(), remeasure=True), [0, 1, 2], 3)
+    assert len(runner.made) == len(runner.graphs)  # none was forgotten
+    assert {rows for _, rows in (key for key in runner.graphs if len(key) == 2)} == {1, 2, 4}
+
+
+def test_the_graph_that_was_not_used_for_longest_makes_room(monkeypatch):
+    monkeypatch.setattr(module, "MOST_GRAPHS", 2)
+    runner = Replayed(network_of("llama"))
+    runner.prepare(1, 100, Plan(4))
+    for length in (1, 2, 1, 3, 1, 2):
+        runner.step(Plan(length), 1, 0)
+    assert [what.split()[3] for what in runner.made] == ["1", "6", "12", "6"]
+
+
+def test_a_state_is_replaced_only_by_one_that_can_do_more():
+    runner, plan = Replayed(tiny_network("llama")), Plan(4)
+    runner.network.lm.config.max_position_embeddings = 100_000
+    first = runner.prepare(8, CAPACITY - 100, plan)
+    assert first.cache.capacity == CAPACITY
+    for rows, capacity in ((8, CAPACITY), (1, 10), (2, 500)):
+        assert runner.prepare(rows, capacity, plan) is first
+    runner.step(plan, 8, 0)
+
+    def size(rows, capacity):
+        state = runner.prepare(rows, capacity, plan)
+        return len(state.drafts), state.cache.capacity
+
+    assert size(2, CAPACITY + 1) == (8, 2 * CAPACITY)  # as many rows as before
+    assert not runner.graphs
+    assert size(2, 8 * CAPACITY + 1) == (2, 16 * CAPACITY)  # which would now be four times the memory
+    assert size(4, 9) == (4, 16 * CAPACITY)
+
+
+def test_room_does_not_grow_past_the_context():
+    runner = Replayed(network_of("llama"))
+    assert runner.prepare(1, CAPACITY + 1, Plan(4)).cache.capacity == CONTEXT + CAPACITY
