@@ -37,7 +37,7 @@ TEXTS = (
     "Why is the sky blue?",
     "What is wrong with this text? " + "The keeper climbed the stairs and lit the lamp, as he did every evening. " * 70,
 )
-"""Five, so that prefills are cut; the last is too long for the fused backbone and short enough for a captured prefill."""
+"""Five, so that prefills are cut; the last is too long for the fused backbone, but not for a captured prefill."""
 
 
 def decode(
