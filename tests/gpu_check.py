@@ -36,7 +36,9 @@ TEXTS = (
     "Write a short story about a lighthouse keeper.",
     "List the planets of the solar system.",
     "Why is the sky blue?",
+    "What is wrong with this text? " + "The keeper climbed the stairs and lit the lamp, as he did every evening. " * 70,
 )
+"""Five, so that prefills are cut; the last is too long for the fused backbone, but not for a captured prefill."""
 
 
 def decode(

@@ -179,6 +179,21 @@ def test_a_running_plan_is_left_only_for_a_much_better_one():
     assert not planner.best(1).drafting
 
 
+def test_what_cannot_pay_is_not_measured_for_larger_batches(monkeypatch):
+    asked = {}
+
+    def of(self, plans, rows):
+        asked[rows] = {(plan.draft_length, plan.blocks) for plan in plans}
+        return [(plan, 1.0 if plan.draft_length != 8 else 3.0 * rows) for plan in plans]
+
+    monkeypatch.setattr(Costs, "of", of)
+    planner = AutoPlanner(SamplingParams())
+    planner.prepare(Runner(network_of("llama")), 5)
+    assert list(asked) == list(planner.costs) == [1, 2, 4, 8]
+    assert asked[1] == asked[2] == asked[4] == set(SHAPES)
+    assert asked[8] == {shape for shape in SHAPES if shape[0] != 8}
+
+
 def test_another_batch_size_is_another_choice():
     planner = planner_with({(1, 0): 1.0, (8, 8): 1.1})
     planner.costs[2] = [(plan, 100.0 if plan.drafting else 1.0) for plan, _ in planner.costs[1]]

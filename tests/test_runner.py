@@ -173,6 +173,20 @@ def test_greedy_output_is_that_of_generate_with_graphs(data):
             assert got == [continuations("llama")[row][:20] for row in rows]
 
 
+def test_samples_are_those_of_the_eager_runner_and_a_new_seed_needs_no_new_graph(monkeypatch):
+    network = tiny_network("llama")
+    runner = Replayed(network)
+    plans = [Plan(4, SamplingParams(temperature=0.8, seed=seed)) for seed in (3, 4)]
+    eager = [decode(network, plan, [0, 1, 2, 3, 4, 0], 3) for plan in plans]
+    monkeypatch.setattr("tidar.decode.engine.runner_for", lambda network: runner)
+    graphs = []
+    for plan, wanted in zip(plans, eager, strict=True):
+        assert decode(network, plan, [0, 1, 2, 3, 4, 0], 3) == wanted
+        graphs.append(set(runner.graphs))
+    assert eager[0] != eager[1]
+    assert graphs[0] == graphs[1]
+
+
 def test_what_was_captured_while_measuring_is_what_the_run_replays(monkeypatch):
     network = tiny_network("llama")
     runner = Replayed(network)

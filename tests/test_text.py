@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from tidar import TidarModel
 from tidar.decode.text import TextStream
-from tiny import tiny_folder
+from tiny import PROMPTS, network_of, tiny_folder
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +85,18 @@ def test_a_long_answer_is_not_decoded_again_and_again(tokenizer):
     assert stream.text == "abc " * 100
     assert len(decoded) < 1.1 * 400
     assert max(decoded) < 40
+
+
+def test_answers_read_the_same_whether_their_text_is_followed_or_not(tokenizer):
+    model, prompts, pieces = TidarModel(network_of("llama"), tokenizer), list(map(tokenizer.decode, PROMPTS)), {}
+
+    def follow(update):
+        pieces[update.answer.row] = pieces.get(update.answer.row, "") + update.text
+        assert update.answer.text.startswith(pieces[update.answer.row])
+
+    options = {"raw": True, "max_new_tokens": 30, "draft_length": 4}
+    followed = model.generate(prompts, on_update=follow, **options)
+    alone = model.generate(prompts, **options)
+    assert [a.text for a in alone] == [a.text for a in followed] == [pieces[row] for row in range(len(prompts))]
+    assert all(a.text == tokenizer.decode(a.token_ids, skip_special_tokens=True) for a in alone)
+    assert model.generate(prompts[0], stop=[alone[0].text[3:5]], **options).text == alone[0].text[:3]

@@ -160,8 +160,9 @@ class AutoPlanner:
         size = 1
         while size < 2 * rows:
             self.costs[size] = measured.of(plans, size)
+            plain = next(seconds for plan, seconds in self.costs[size] if not plan.drafting)
             # A larger batch leaves fewer slots free: what cannot pay here cannot pay there.
-            plans = [plan for plan, _ in self.costs[size]]
+            plans = [plan for plan, seconds in self.costs[size] if seconds <= plan.draft_length * plain]
             size *= 2
         self._size, self.remeasure = 0, False
         measured.save()
