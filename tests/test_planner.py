@@ -183,7 +183,7 @@ def test_what_cannot_pay_is_not_measured_for_larger_batches(monkeypatch):
     asked = {}
 
     def of(self, plans, rows):
-        asked[rows] = {(plan.draft_length, plan.blocks) for plan in plans}
+        asked[rows] = {(plan.draft_length, plan.blocks, plan.alternatives) for plan in plans}
         return [(plan, 1.0 if plan.draft_length != 8 else 3.0 * rows) for plan in plans]
 
     monkeypatch.setattr(Costs, "of", of)
