@@ -81,7 +81,7 @@ def one_round(chance: random.Random, dtype: torch.dtype) -> None:
     for got, expected in zip(*stores, strict=True):
         close(got, expected, dtype, f"cache {what}")
 
-    width = chance.choice((48, 576, 130))
+    width = chance.choice((48, 576, 130, 1030))
     lora = low_rank([width], rank, dtype)
     partial = random_tensor(split, tokens, width + rank, dtype=kind)
     hidden, weight = random_tensor(tokens, width, dtype=dtype), random_tensor(width, dtype=dtype)

@@ -119,3 +119,22 @@ def test_median_seconds_leaves_out_the_warmup():
     seconds = machine.median_seconds(lambda: calls.append(1), torch.device("cpu"), repeats=3, warmups=2)
     assert len(calls) == 5
     assert 0 <= seconds < 0.1
+
+
+def test_what_was_measured_survives_an_interruption(run, folder, tmp_path, monkeypatch):
+    seconds = iter([0.5, 0.75])
+
+    def step_seconds(*arguments):
+        try:
+            return next(seconds)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(slots, "step_seconds", step_seconds)
+    out = tmp_path / "slots"
+    code, _, _ = run(
+        "bench", "slots", "--model", folder, "--no-drafter", "--out", out, "--device", "cpu", "--prefix", 8
+    )
+    assert code != 0
+    (curve,) = json.loads(out.with_suffix(".json").read_text())["curves"]
+    assert [step["ar_steps"] for step in curve["steps"]] == [1.0, 1.5]

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tidar.kernels import draft as kernels
-from tidar.kernels.judge import Judged, decide_eager, decide_fused
+from tidar.kernels.judge import Judged, choose_outcomes_fused, decide_eager, decide_fused
 from tidar.kernels.launch import triton
 from tidar.kernels.weights import KINDS, QuantWeight
 from tidar.model.network import Network
 from tidar.model.propose import CANDIDATES, fold_head, propose
 from tidar.model.quantised import quantise_model
 from tidar.model.sampler_head import SamplerHead
-from tidar.sampling import Leaves, SamplingParams, accept_greedy
+from tidar.sampling import Leaves, SamplingParams, accept_greedy, likely_outcomes, outcome_probabilities
 from tiny import tiny_network
 
 NATIVE, INTERPRETED = torch.cuda.is_available(), os.environ.get("TRITON_INTERPRET") == "1"
@@ -182,3 +182,19 @@ def test_judging_kernel_decides_as_its_twin(data):
     for name in got._fields:
         if name != "masks" or count:
             assert getattr(got, name).equal(getattr(wanted, name)), name
+
+
+@runs_kernels
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_outcomes_are_chosen_as_by_the_twin(data):
+    batch, others = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 9))
+    rows = [[data.draw(st.floats(0.01, 0.99)) for _ in range(others)] for _ in range(batch)]
+    confidence = torch.tensor(rows, device=DEVICE)
+    drafted = torch.tensor([data.draw(st.integers(1, others + 1)) for _ in range(batch)], device=DEVICE)
+    count = data.draw(st.integers(1, others + 1))
+    got, chances = choose_outcomes_fused(confidence, drafted, count), outcome_probabilities(confidence, drafted)
+    wanted = likely_outcomes(confidence, drafted, count)
+    assert (got[:, 1:] > got[:, :-1]).all()
+    # As likely as the twin's: ties may be broken differently.
+    torch.testing.assert_close(chances.gather(1, got - 1).sort(1).values, chances.gather(1, wanted - 1).sort(1).values)

@@ -6,7 +6,7 @@ Where that ends depends on machine, model and dtype; TiDAR lives on it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,46 +73,14 @@ def step_seconds(network: Network, plan: Plan, prefix: int, rows: int = 1) -> fl
     return seconds / in_a_row
 
 
-def measure(network: Network, name: str, tokens: Sequence[int], prefixes: Sequence[int], rows: int) -> dict[str, Any]:
-    """Curve and steps for every prefix length, with the machine's ceilings."""
+def measure(
+    network: Network, name: str, tokens: Sequence[int], prefixes: Sequence[int], rows: int
+) -> Iterator[dict[str, Any]]:
+    """Steps and curve for every prefix length, with the machine's ceilings; yields the result as it grows."""
     device, dtype = network.device, network.lm.dtype
     bandwidth, flops = machine.read_bandwidth(device), machine.peak_flops(device, dtype)
-    weights = weight_bytes(network)
-    curves = []
-    for prefix in prefixes:
-        cached = rows * cache_bytes(network, prefix)
-        points = []
-        for count in tokens:
-            seconds = forward_seconds(network, count, prefix, rows)
-            products = 2 * weight_count(network) * count * rows
-            points.append(
-                {
-                    "tokens": count,
-                    "ms": round(seconds * 1e3, 4),
-                    "gb_per_s": round((weights + cached) / seconds / 1e9, 1),
-                    "roofline_ms": round(max((weights + cached) / bandwidth, products / flops) * 1e3, 4),
-                }
-            )
-        steps, plain = [], None
-        for length, outcomes, alternatives in STEPS:
-            plan = Plan(length, outcomes=outcomes, alternatives=alternatives)
-            if length > 1 and not network.can_draft:
-                continue
-            seconds = step_seconds(network, plan, prefix, rows)
-            plain = plain or seconds
-            steps.append(
-                {
-                    "draft_length": length,
-                    "outcomes": plan.blocks,
-                    "alternatives": len(plan.leaves),
-                    "slots": plan.slots,
-                    "ms": round(seconds * 1e3, 4),
-                    "ar_steps": round(seconds / plain, 3),
-                    "share_of_bandwidth": round((weights + cached) / seconds / bandwidth, 3),
-                }
-            )
-        curves.append({"prefix": prefix, "forward": points, "steps": steps})
-    return {
+    weights, curves = weight_bytes(network), list[dict[str, Any]]()
+    result = {
         "conditions": machine.conditions(device, dtype),
         "model": name,
         "weights": network.weights,
@@ -123,6 +91,34 @@ def measure(network: Network, name: str, tokens: Sequence[int], prefixes: Sequen
         "weights_gb": round(weights / 1e9, 3),
         "curves": curves,
     }
+    for prefix in prefixes:
+        read = weights + rows * cache_bytes(network, prefix)
+        steps, points = list[dict[str, Any]](), list[dict[str, Any]]()
+        curves.append({"prefix": prefix, "forward": points, "steps": steps})
+        plans = [Plan(length, outcomes=outcomes, alternatives=leaves) for length, outcomes, leaves in STEPS]
+        for plan in plans if network.can_draft else plans[:1]:
+            seconds = step_seconds(network, plan, prefix, rows)
+            step = {
+                "draft_length": plan.draft_length,
+                "outcomes": plan.blocks,
+                "alternatives": len(plan.leaves),
+                "slots": plan.slots,
+                "ms": round(seconds * 1e3, 4),
+            }
+            step["ar_steps"] = round(step["ms"] / (steps or [step])[0]["ms"], 3)
+            steps.append(step | {"share_of_bandwidth": round(read / seconds / bandwidth, 3)})
+            yield result
+        for count in tokens:
+            seconds = forward_seconds(network, count, prefix, rows)
+            products = 2 * weight_count(network) * count * rows
+            point = {
+                "tokens": count,
+                "ms": round(seconds * 1e3, 4),
+                "gb_per_s": round(read / seconds / 1e9, 1),
+                "roofline_ms": round(max(read / bandwidth, products / flops) * 1e3, 4),
+            }
+            points.append(point)
+            yield result
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,61 +106,72 @@ def measure(
     repeats: int,
     peers: bool,
     peer_prompts: int,
-) -> dict[str, Any]:
+) -> Iterator[dict[str, Any]]:
     """Every contestant on every set and batch size; medians over `repeats` passes after one to warm up.
 
     first_token_ms is the time to the first token of a batch: a prefill, and what starting a run costs.
 
-    Peers that are not ours run at the first batch size only, on the first `peer_prompts` prompts.
+    Peers that are not ours run last, at the first batch size only, on the first `peer_prompts` prompts. Yields the
+    result as it grows.
     """
     network = model.network
-    assert model.tokenizer is not None
-    weights = weight_bytes(network)
-    rows = []
-    for set_name, prompts in sets.items():
-        for batch in batches:
-            reference: list[list[int]] = []
-            for label, run in contestants(model, peers and batch == batches[0]).items():
-                foreign = label.startswith("transformers")
-                if foreign and batch > 1 and "lookup" in label:
-                    continue
-                part = prompts[:peer_prompts] if foreign else prompts
-                run(part[: max(batch, 2)], batch, new)
-                runs = [run(part, batch, new) for _ in range(repeats)]
-                first = statistics.median(run(part[:batch], batch, 1).seconds for _ in range(repeats))
-                tokens = sum(map(len, runs[0].answers))
-                seconds = statistics.median(r.seconds for r in runs)
-                reference = reference or runs[0].answers
-                row: dict[str, Any] = {
-                    "set": set_name,
-                    "contestant": label,
-                    "batch": batch,
-                    "prompts": len(part),
-                    "tokens_per_s": round(tokens / seconds, 1),
-                    "seconds": round(seconds, 3),
-                    "first_token_ms": round(first * 1e3, 2),
-                    "new_tokens": tokens,
-                    "identical_to_ar": sum(a == b for a, b in zip(runs[0].answers, reference, strict=False)),
-                }
-                if runs[0].forwards:
-                    forwards = runs[0].forwards
-                    prompt_tokens = sum(len(encode_prompt(model.tokenizer, p)) for p in part)
-                    length = (prompt_tokens + tokens / 2) / len(part)
-                    step = seconds * min(batch, len(part)) / forwards
-                    read = weights + min(batch, len(part)) * cache_bytes(network, int(length))
-                    row |= {
-                        "tokens_per_forward": round(tokens / forwards, 3),
-                        "ms_per_forward": round(step * 1e3, 3),
-                        "gb_per_s": round(read / step / 1e9, 1),
-                    }
-                rows.append(row)
-                print({k: row[k] for k in list(row)[:6]}, file=sys.stderr)
-    return {
+    jobs = [
+        (set_name, batch, label, run)
+        for set_name in sets
+        for batch in batches
+        for label, run in contestants(model, peers and batch == batches[0]).items()
+        if batch == 1 or "lookup" not in label
+    ]
+    jobs.sort(key=lambda job: _foreign(job[2]))
+    rows, reference = list[dict[str, Any]](), dict[tuple[str, int], list[list[int]]]()
+    result = {
         "conditions": machine.conditions(network.device, network.lm.dtype)
         | {"template": "chat", "temperature": 0, "max_new_tokens": new, "repeats": repeats},
         "model": name,
         "weights": network.weights,
         "rows": rows,
+    }
+    for set_name, batch, label, run in jobs:
+        part = sets[set_name][:peer_prompts] if _foreign(label) else sets[set_name]
+        run(part[: max(batch, 2)], batch, new)
+        runs = [run(part, batch, new) for _ in range(repeats)]
+        first = statistics.median(run(part[:batch], batch, 1).seconds for _ in range(repeats))
+        answers = reference.setdefault((set_name, batch), runs[0].answers)
+        seconds, tokens = statistics.median(r.seconds for r in runs), sum(map(len, runs[0].answers))
+        row: dict[str, Any] = {
+            "set": set_name,
+            "contestant": label,
+            "batch": batch,
+            "prompts": len(part),
+            "tokens_per_s": round(tokens / seconds, 1),
+            "seconds": round(seconds, 3),
+            "first_token_ms": round(first * 1e3, 2),
+            "new_tokens": tokens,
+            "identical_to_ar": sum(a == b for a, b in zip(runs[0].answers, answers, strict=False)),
+        }
+        if runs[0].forwards:
+            row |= _per_forward(model, part, batch, tokens, seconds, runs[0].forwards)
+        rows.append(row)
+        print({k: row[k] for k in list(row)[:7]}, file=sys.stderr)
+        yield result
+
+
+def _foreign(label: str) -> bool:
+    return label.startswith("transformers")
+
+
+def _per_forward(
+    model: TidarModel, prompts: list[Prompt], batch: int, tokens: int, seconds: float, forwards: int
+) -> dict[str, float]:
+    """What one forward of the batch gains, takes and reads, prefills counted."""
+    network, rows = model.network, min(batch, len(prompts))
+    assert model.tokenizer is not None
+    length = (sum(len(encode_prompt(model.tokenizer, p)) for p in prompts) + tokens / 2) / len(prompts)
+    step = seconds * rows / forwards
+    return {
+        "tokens_per_forward": round(tokens / forwards, 3),
+        "ms_per_forward": round(step * 1e3, 3),
+        "gb_per_s": round((weight_bytes(network) + rows * cache_bytes(network, int(length))) / step / 1e9, 1),
     }
 
 

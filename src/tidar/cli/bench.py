@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,8 +44,7 @@ def bench_slots(
     limit = network.max_positions
     if limit is not None and max(prefixes) + max(counts) > limit:
         raise TidarError(f"{max(prefixes)} + {max(counts)} tokens exceed the model's context of {limit}")
-    result = slots.measure(network, model, counts, prefixes, batch)
-    _write(result, out)
+    result = _kept(slots.measure(network, model, counts, prefixes, batch), out)
     slots.plot(result, _named(out, ".png"))
     console = Console()
     for curve in result["curves"]:
@@ -82,8 +82,8 @@ def bench_speed(
     _writable(out)
     sets = dict(map(read_set, prompts))
     loaded = o.load(model, drafter, device, dtype, weights)
-    result = speed.measure(loaded, model, sets, batches, max_new_tokens, repeats, peers, peer_prompts)
-    _write(result, out)
+    measured = speed.measure(loaded, model, sets, batches, max_new_tokens, repeats, peers, peer_prompts)
+    result = _kept(measured, out)
     speed.plot(result, _named(out, ".png"))
     for name, size in dict.fromkeys((row["set"], row["batch"]) for row in result["rows"]):
         mine = [row for row in result["rows"] if (row["set"], row["batch"]) == (name, size)]
@@ -116,6 +116,10 @@ def _writable(out: Path) -> None:
         raise TidarError(f"cannot write {out.with_suffix('.json')}: {error.strerror}") from error
 
 
-def _write(result: dict[str, Any], out: Path) -> None:
-    _named(out, ".json").write_text(json.dumps(result, indent=1) + "\n")
-    print(f"wrote {out.with_suffix('.json')} and {out.with_suffix('.png')}", file=sys.stderr)
+def _kept(results: Iterator[dict[str, Any]], out: Path) -> dict[str, Any]:
+    """The last of growing results, each written as it comes: what was measured survives a Ctrl-C."""
+    path, result = _named(out, ".json"), dict[str, Any]()
+    for result in results:
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"wrote {path} and {_named(out, '.png')}", file=sys.stderr)
+    return result

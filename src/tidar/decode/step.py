@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tidar.decode.cache import ROUND, RowCache
 from tidar.kernels.draft import ALTERNATIVES
-from tidar.kernels.judge import Decision, Judged, decide, decide_eager
+from tidar.kernels.judge import Decision, Judged, choose_outcomes, decide, decide_eager
 from tidar.layout import prefill_layout, step_layout
 from tidar.model.network import Network
 from tidar.model.propose import CANDIDATES, Proposal, propose
@@ -25,7 +25,6 @@ from tidar.sampling import (
     DraftProbs,
     Leaves,
     SamplingParams,
-    likely_outcomes,
     mix_trust,
     row_seeds,
     uniforms,
@@ -299,7 +298,7 @@ def _outcomes(state: State, plan: Plan) -> Tensor | range:
     if plan.blocks in (0, plan.draft_length):
         return range(1, plan.blocks + 1)
     drafted = state.drafted.clamp(max=plan.draft_length)
-    return likely_outcomes(state.confidence[:, : plan.draft_length - 1], drafted, plan.blocks)
+    return choose_outcomes(state.confidence[:, : plan.draft_length - 1], drafted, plan.blocks)
 
 
 def _decide(

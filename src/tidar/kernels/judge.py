@@ -1,6 +1,6 @@
-"""What a forward decides about its rows: which drafts stand, and which masks draft next. Greedy decoding in one kernel.
+"""What a step decides about its rows: which outcomes to draft for, which drafts stand, which masks draft next.
 
-These are a few integers a row; as separate operations they are some forty launches, a tenth of a small model's step.
+These are a few numbers a row; as separate operations they are some fifty launches, a tenth of a small model's step.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tidar.kernels.launch import available, options, tl, triton
-from tidar.sampling import Leaves, Verdict, accept_greedy
+from tidar.sampling import Leaves, Verdict, accept_greedy, likely_outcomes
 
 
 class Decision(NamedTuple):
@@ -114,7 +114,56 @@ def decide_fused(choice: Tensor, leaves: Leaves | None, judged: Judged, block_si
     return Decision(next_token, after, masks, following, result)
 
 
+def choose_outcomes(confidence: Tensor, drafted: Tensor, count: int) -> Tensor:
+    """[B, count] the likeliest outcomes, ascending in 1..K: `sampling.likely_outcomes`, on a GPU by a kernel."""
+    if available(confidence.device):
+        return choose_outcomes_fused(confidence, drafted, count)
+    return likely_outcomes(confidence, drafted, count)
+
+
+def choose_outcomes_fused(confidence: Tensor, drafted: Tensor, count: int) -> Tensor:
+    """`choose_outcomes` by the kernel; of equally likely outcomes the earlier."""
+    batch, others = confidence.shape
+    outcomes = drafted.new_empty(batch, count)
+    _choose[(batch,)](
+        confidence,
+        drafted,
+        outcomes,
+        confidence.stride(0),
+        count,
+        LENGTH=others + 1,
+        KP=triton.next_power_of_2(others + 1),
+        num_warps=1,
+        **options(confidence.device),
+    )
+    return outcomes
+
+
 if triton is not None:
+
+    @triton.jit
+    def _choose(
+        confidence, drafted, outcomes, stride, count, LENGTH: tl.constexpr, KP: tl.constexpr, PDL: tl.constexpr
+    ):
+        b = tl.program_id(0)
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
+        k = tl.arange(0, KP)
+        row = confidence + b * stride
+        judged = tl.load(drafted + b)
+        # Outcome k + 1: drafts 2 .. k + 1 stand, the next one falls.
+        stands = tl.load(row + k - 1, mask=(k > 0) & (k < tl.minimum(judged, LENGTH)), other=0.0)
+        falls = 1.0 - tl.load(row + k, mask=(k + 1 < judged) & (k + 1 < LENGTH), other=0.0)
+        chance = tl.cumprod(tl.where(k == 0, 1.0, stands), 0) * falls
+        chance = tl.where(k < LENGTH, chance, -1.0)
+        other = tl.reshape(chance, (1, KP))
+        mine = tl.reshape(chance, (KP, 1))
+        earlier = k[None, :] < k[:, None]
+        rank = tl.sum(((other > mine) | ((other == mine) & earlier)).to(tl.int32), 1)
+        chosen = rank < count
+        place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+        tl.store(outcomes + b * count + place, (k + 1).to(tl.int64), mask=chosen)
 
     @triton.jit
     def _judge(
