@@ -16,6 +16,8 @@ from tidar.decode.planner import (
     LOOK_AGAIN_MOST,
     MARGIN,
     MEMORY,
+    PRIOR,
+    PRIOR_WEIGHT,
     SHAPES,
     SHAPES_CUDA,
     Acceptance,
@@ -25,7 +27,7 @@ from tidar.decode.planner import (
 from tidar.decode.runner import Gain, Runner
 from tidar.decode.step import Plan, choose_leaves
 from tidar.sampling import SamplingParams, likely_outcomes, outcome_probabilities
-from tiny import PROMPTS, continuations, network_of
+from tiny import PROMPTS, continuations, network_of, tiny_network
 
 rates = st.floats(0.01, 0.99)
 
@@ -194,6 +196,30 @@ def test_what_cannot_pay_is_not_measured_for_larger_batches(monkeypatch):
     assert asked[8] == {shape for shape in SHAPES if shape[0] != 8}
 
 
+def test_the_next_run_begins_with_what_was_learned():
+    network = tiny_network("llama")
+    first, second = AutoPlanner(SamplingParams(seed=1)), AutoPlanner(SamplingParams(seed=2))
+    first.prepare(Runner(network), 1)
+    for _ in range(300):
+        first.observe(Plan(4), [Gain(4, 1, [0])])
+    first.learned.patience = LOOK_AGAIN_MOST
+    second.prepare(Runner(network), 1)
+    assert second.learned is first.learned
+    assert second.acceptance.survival[0] < 0.05
+    assert second.acceptance.tried[0] == pytest.approx(PRIOR_WEIGHT)
+    sampled = AutoPlanner(SamplingParams(0.8))
+    sampled.prepare(Runner(network), 1)
+    assert sampled.acceptance.survival[0] == pytest.approx(PRIOR)
+
+
+def test_a_prefill_drafts_only_if_the_next_forward_will():
+    planner = planner_with({(1, 0): 1.0, (8, 8): 10.0})
+    assert not planner.first(1).drafting
+    planner = planner_with({(1, 0): 1.0, (8, 8, 5): 1.1})
+    plan = planner.choose(1)
+    assert planner.first(1) == Plan(plan.draft_length)
+
+
 def test_another_batch_size_is_another_choice():
     planner = planner_with({(1, 0): 1.0, (8, 8): 1.1})
     planner.costs[2] = [(plan, 100.0 if plan.drafting else 1.0) for plan, _ in planner.costs[1]]
@@ -257,6 +283,9 @@ def test_greedy_output_does_not_depend_on_the_plan_of_any_step(shapes, arch):
 
         def prepare(self, runner, rows):
             pass
+
+        def first(self, rows):
+            return plan_of(next(self.shapes))
 
         def choose(self, rows):
             return plan_of(next(self.shapes))

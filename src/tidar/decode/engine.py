@@ -95,6 +95,10 @@ class Planner(Protocol):
         """Called before a run over batches of up to `rows` rows; may use the runner, whose state has room for them."""
         ...
 
+    def first(self, rows: int) -> Plan:
+        """Plan of a prefill into a batch of `rows` rows: its draft length is what counts."""
+        ...
+
     def choose(self, rows: int) -> Plan:
         """Plan of the next forward over a batch of `rows` rows."""
         ...
@@ -112,6 +116,9 @@ class Fixed:
 
     def prepare(self, runner: Runner, rows: int) -> None:
         """Nothing to prepare."""
+
+    def first(self, rows: int) -> Plan:
+        return self.longest
 
     def choose(self, rows: int) -> Plan:
         return self.longest
@@ -210,7 +217,7 @@ class Engine:
         started = time.perf_counter()
         ids = [row.answer.row for row in joining]
         places = places[: len(joining)]
-        tokens = runner.admit([prompts[i] for i in ids], ids, places, self.planner.longest)
+        tokens = runner.admit([prompts[i] for i in ids], ids, places, self.planner.first(len(slots)))
         updates = []
         for place, row, token in zip(places, joining, tokens, strict=True):
             slots[place], row.started = row, started

@@ -9,6 +9,7 @@ not pay, and looks again now and then.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -125,6 +126,14 @@ class Acceptance:
         rates = _hit_rates((plan.draft_length, plan.blocks, plan.alternatives), plan.draft_length, RANKS)
         self._next = sum(rates[len(gain.tokens) - 1] for gain in gains if len(gain.tokens) < gain.drafted)
 
+    def relax(self) -> None:
+        """Keep the rates, but no more certain than a guess: another text may begin."""
+        for draft, tried in enumerate(self.tried):
+            share = min(1, PRIOR_WEIGHT / tried)
+            self.tried[draft], self.stood[draft] = share * tried, share * self.stood[draft]
+        share = min(1, PRIOR_WEIGHT / self.awaited)
+        self.awaited, self.hit, self._next = share * self.awaited, share * self.hit, 0.0
+
     @property
     def survival(self) -> list[float]:
         return [stood / tried for stood, tried in zip(self.stood, self.tried, strict=True)]
@@ -136,8 +145,18 @@ class Acceptance:
         return [luck * rate for rate in RANKS]
 
 
+class Learned:
+    """What a run leaves for the next one with the same network and sampling parameters."""
+
+    def __init__(self, draft_length: int) -> None:
+        self.acceptance = Acceptance(draft_length)
+        self.patience = LOOK_AGAIN
+
+
 class AutoPlanner:
     """Chooses among the device's shapes before every forward.
+
+    What it learns stays with the network: the next run begins with it.
 
     Args:
         params: how tokens are chosen.
@@ -147,13 +166,18 @@ class AutoPlanner:
     def __init__(self, params: SamplingParams, remeasure: bool = False) -> None:
         self.params, self.remeasure = params, remeasure
         self.longest = max((self._plan_of(shape) for shape in SHAPES_CUDA), key=lambda plan: plan.slots)
-        self.acceptance = Acceptance(self.longest.draft_length)
+        self.learned = Learned(self.longest.draft_length)
         self.costs: dict[int, list[tuple[Plan, float]]] = {}
         self._plan = self._running = Plan(1, params)  # what to do now, and what was chosen: they differ in a look
         self._size = self._left = self._age = 0  # batch size of the choice, forwards until the next, forwards so far
-        self._patience = LOOK_AGAIN
+
+    @property
+    def acceptance(self) -> Acceptance:
+        return self.learned.acceptance
 
     def prepare(self, runner: Runner, rows: int) -> None:
+        self.learned = runner.network.learned.setdefault(replace(self.params, seed=0), self.learned)
+        self.acceptance.relax()
         measured = Costs(runner, self.remeasure)
         shapes = SHAPES_CUDA if runner.network.device.type == "cuda" else SHAPES
         plans = [self._plan_of(shape) for shape in shapes]
@@ -173,6 +197,11 @@ class AutoPlanner:
 
     def observe(self, plan: Plan, gains: Sequence[Gain]) -> None:
         self.acceptance.observe(plan, gains)
+
+    def first(self, rows: int) -> Plan:
+        size = power_of_two(rows)
+        running = self._plan if size == self._size else self.best(size)
+        return Plan(running.draft_length, self.params)
 
     def choose(self, rows: int) -> Plan:
         size = power_of_two(rows)
@@ -209,13 +238,13 @@ class AutoPlanner:
                 self._plan, self._left = max(rates, key=lambda plan: rates[plan]), LOOK
                 return
         if looked:
-            self._patience = min(2 * self._patience, LOOK_AGAIN_MOST)
+            self.learned.patience = min(2 * self.learned.patience, LOOK_AGAIN_MOST)
         self._settle()
 
     def _settle(self) -> None:
         """Choose a plan, and for how many forwards."""
         self._plan = self._running = self.best(self._size)
         if self._running.drafting:
-            self._patience, self._left = LOOK_AGAIN, min(max(self._age, 4), THINK_AGAIN)
+            self.learned.patience, self._left = LOOK_AGAIN, min(max(self._age, 4), THINK_AGAIN)
         else:
-            self._left = self._patience
+            self._left = self.learned.patience

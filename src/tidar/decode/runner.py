@@ -198,7 +198,7 @@ class GraphRunner(Runner):
         if work > PREFILL_WORK or any(slots > LONGEST for _, slots in pieces):
             return super().admit(prompts, rows, places, plan)
         self.active = []
-        plan = replace(plan, outcomes=None)  # a prefill has one block, whatever the steps prune
+        plan = replace(plan, outcomes=None, alternatives=0)  # a prefill has one block, whatever the steps do
         firsts = [
             self._admit(prompts[piece], rows[piece], places[piece], plan, slots - masks) for piece, slots in pieces
         ]

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from tidar.kernels.launch import options, tl, triton
 
-WIDEST, RANK_PART = 1024, 8
-"""Up to this width the norm's kernel adds the LoRA term itself, so many of its ranks at a time: every token reads all
-of B then, which costs a wide model more than the launch it saves."""
+WIDEST, MOST_TOKENS, RANK_PART = 1024, 128, 8
+"""Up to this width and so many tokens the norm's kernel adds the LoRA term itself, some ranks at a time: every token
+reads all of B then, and not by matrix products, which costs more than the launch it saves where there is much to do."""
 
 
 class LowRank(NamedTuple):
@@ -86,7 +86,7 @@ def add_norm(
     tokens, width = hidden.shape
     if partial is None or clean >= slots:
         low_rank = None
-    if low_rank is not None and width > WIDEST:
+    if low_rank is not None and (width > WIDEST or tokens > MOST_TOKENS):
         # A matrix product wants tiles of tokens, a norm wants whole rows: two kernels.
         hidden, partial, bias = _residual_sum(hidden, partial, low_rank, slots, clean, bias), None, None
         low_rank = None

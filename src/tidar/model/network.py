@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ class Network(nn.Module):
         fused: the backbone as few large kernels (see fused.py; packed.py on a CPU), used by forwards over a row cache.
         fused_from: the network's `state()` that it was built from.
         runner: captured steps, kept between runs (see decode/runner.py).
+        learned: what drafts turned out to be worth, by how tokens are sampled (see decode/planner.py).
     """
 
     def __init__(self, lm: PreTrainedModel, drafter: Drafter | None = None, config: TidarConfig | None = None) -> None:
@@ -39,6 +41,7 @@ class Network(nn.Module):
         self.fused: FusedBackbone | PackedBackbone | None = None
         self.fused_from: object | None = None
         self.runner: object | None = None
+        self.learned: dict[object, Any] = {}
 
     @property
     def can_draft(self) -> bool:
