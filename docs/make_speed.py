@@ -42,23 +42,27 @@ def slots(name: str, plot: str | None) -> str:
     for curve in result["curves"]:
         rows = []
         for step in curve["steps"]:
-            goal = GOALS.get((step["draft_length"], step["outcomes"]), {}).get(result["model"], "")
+            leaves = step.get("alternatives", 0)
+            shape = (step["draft_length"], step["outcomes"])
+            goal = "" if leaves else GOALS.get(shape, {}).get(result["model"], "")
             share = f"{step['share_of_bandwidth']:.0%}"
-            rows.append(
-                [step["draft_length"], step["outcomes"], step["slots"], step["ms"], step["ar_steps"], goal, share]
-            )
+            rows.append([*shape, leaves, step["slots"], step["ms"], step["ar_steps"], goal, share])
         text += f"Prefix {curve['prefix']:,}:\n\n"
-        text += table(["K", "outcomes", "slots", "ms", "AR steps", "goal", "of bandwidth"], rows) + "\n"
+        text += table(["K", "outcomes", "alternatives", "slots", "ms", "AR steps", "goal", "of bandwidth"], rows) + "\n"
     return text
 
 
 def speed(name: str) -> str:
     result = load(name)
-    text = f"{conditions(result)}\n\n![Tokens per second](../results/{name.replace('.json', '.png')})\n\n"
+    text, plot = f"{conditions(result)}\n\n", name.replace(".json", ".png")
+    if (RESULTS / plot).exists():
+        text += f"![Tokens per second](../results/{plot})\n\n"
+    if "note" in result:
+        text += f"{result['note']}\n\n"
     rows = []
     for r in result["rows"]:
         extra = [r.get(key, "") for key in ("tokens_per_forward", "ms_per_forward", "gb_per_s")]
-        same = f"{r['identical_to_ar']}/{r['prompts']}"
+        same = f"{r['identical_to_ar']}/{r['prompts']}" if "identical_to_ar" in r else ""
         rows.append([r["set"], r["batch"], r["contestant"], f"{r['tokens_per_s']:,.0f}", *extra, same])
     header = ["set", "batch", "contestant", "tokens/s", "tokens per forward", "ms a forward", "GB/s", "same as AR"]
     return text + table(header, rows) + "\n"

@@ -132,9 +132,8 @@ def test_what_was_measured_survives_an_interruption(run, folder, tmp_path, monke
 
     monkeypatch.setattr(slots, "step_seconds", step_seconds)
     out = tmp_path / "slots"
-    code, _, _ = run(
-        "bench", "slots", "--model", folder, "--no-drafter", "--out", out, "--device", "cpu", "--prefix", 8
-    )
+    options = ("--no-drafter", "--out", out, "--device", "cpu", "--prefix", 8, "--tokens", 4)
+    code, _, _ = run("bench", "slots", "--model", folder, *options)
     assert code != 0
     (curve,) = json.loads(out.with_suffix(".json").read_text())["curves"]
     assert [step["ar_steps"] for step in curve["steps"]] == [1.0, 1.5]

@@ -9,6 +9,7 @@ Each set is NAME=FILE[:FIRST_N]. Tokens per forward is the sum of new tokens ove
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -30,6 +31,8 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--draft-lengths", type=int, nargs="+", default=[4, 8, 16])
+    parser.add_argument("--outcomes", type=int, help="outcome blocks a step; default all")
+    parser.add_argument("--alternatives", type=int, nargs="+", default=[0])
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0])
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=64)
@@ -41,8 +44,9 @@ def main() -> None:
         for temperature in args.temperatures:
             options = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size, "temperature": temperature}
             reference = model.generate(prompts, mode="ar", **options)
-            for length in args.draft_lengths:
-                answers = model.generate(prompts, draft_length=length, **options)
+            for length, leaves in itertools.product(args.draft_lengths, args.alternatives):
+                plan = {"draft_length": length, "outcomes": args.outcomes, "alternatives": leaves}
+                answers = model.generate(prompts, **plan, **options)
                 tokens, forwards = sum(a.new_tokens for a in answers), sum(a.forwards for a in answers)
                 same = sum(a.token_ids == b.token_ids for a, b in zip(answers, reference, strict=True))
                 histogram = [0] * (length + 1)
@@ -52,7 +56,7 @@ def main() -> None:
                 row = {
                     "set": name,
                     "prompts": len(prompts),
-                    "draft_length": length,
+                    **plan,
                     "temperature": temperature,
                     "tokens_per_forward": round(tokens / forwards, 3),
                     "new_tokens": tokens,
