@@ -137,6 +137,14 @@ def test_scores_that_are_no_numbers_give_tokens_all_the_same():
 
 
 @runs_kernels
+def test_confidences_that_are_no_numbers_stay_in_their_rows():
+    confidence = torch.full((2, 7), 0.5, device=DEVICE)
+    confidence[0] = torch.nan
+    outcomes = choose_outcomes_fused(confidence, torch.tensor([8, 8], device=DEVICE), 3)
+    assert outcomes.tolist() == [[1, 2, 3], [1, 2, 3]]
+
+
+@runs_kernels
 @pytest.mark.parametrize(("vocabulary", "batch", "length"), [(5, 1, 2), (4096, 2, 3), (10_000, 3, 8)])
 def test_plain_drafts_are_the_likeliest_tokens(vocabulary, batch, length):
     logits = 3 * torch.randn(batch, length - 1, vocabulary, device=DEVICE)
@@ -190,7 +198,7 @@ def test_judging_kernel_decides_as_its_twin(data):
 def test_outcomes_are_chosen_as_by_the_twin(data):
     batch, others = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 9))
     rows = [[data.draw(st.floats(0.01, 0.99)) for _ in range(others)] for _ in range(batch)]
-    confidence = torch.tensor(rows, device=DEVICE)
+    confidence = torch.tensor([[*row, 2.0] for row in rows], device=DEVICE)[:, :-1]  # a part, as in the engine
     drafted = torch.tensor([data.draw(st.integers(1, others + 1)) for _ in range(batch)], device=DEVICE)
     count = data.draw(st.integers(1, others + 1))
     got, chances = choose_outcomes_fused(confidence, drafted, count), outcome_probabilities(confidence, drafted)

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from chi_square import assert_drawn_from
 from tidar import TidarModel
 from tidar.config import TidarConfig
-from tidar.decode.engine import Answer, Engine, Limits
+from tidar.decode.engine import Answer, Engine, Fixed, Limits
 from tidar.decode.runner import Pending, Runner
 from tidar.decode.step import Plan, Propose, step
 from tidar.kernels.draft import ALTERNATIVES
@@ -426,3 +426,30 @@ def exact_joint(network: Network, prompt: list[int], params: SamplingParams, new
         joint = joint[..., None] * probs.view(*joint.shape, SMALL)
         texts = torch.cat((texts.repeat_interleave(SMALL, 0), torch.arange(SMALL).repeat(len(texts))[:, None]), 1)
     return joint
+
+
+def test_sampling_is_exact_where_plans_change_and_leaves_are_pruned_too():
+    network, prompt = tiny_network("llama", vocabulary=SMALL, spread=0.25), [3, 1, 4]
+    params = SamplingParams(1.0)
+    shapes = ((3, 1, 4), (6, 2, 9), (1, None, 0), (4, 1, 5), (2, 1, 2), (2, 2, 0), (6, 1, 6))
+    plans = [Plan(length, params, outcomes, leaves) for length, outcomes, leaves in shapes]
+
+    class Changing(Fixed):
+        turn = 0
+
+        def choose(self, rows):
+            self.turn += 1
+            return plans[self.turn % len(plans)]
+
+    answers = {}
+    for updates in Engine(network, Changing(plans[1])).run([prompt] * ROWS, Limits(4)):
+        answers.update({u.answer.row: u.answer.token_ids for u in updates})
+    drawn, joint = torch.tensor([answers[row] for row in range(ROWS)]), exact_joint(network, prompt, params, 4)
+    for place in range(3):
+        pairs = (drawn[:, place] * SMALL + drawn[:, place + 1]).bincount(minlength=SMALL**2)
+        assert_drawn_from(pairs, joint.sum([axis for axis in range(4) if axis not in (place, place + 1)]))
+
+
+def test_mixed_trust_has_no_leaves():
+    assert Plan(4, alternatives=5).leaves
+    assert not Plan(4, SamplingParams(trust=0.5), alternatives=5).leaves

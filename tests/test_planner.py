@@ -202,14 +202,42 @@ def test_the_next_run_begins_with_what_was_learned():
     first.prepare(Runner(network), 1)
     for _ in range(300):
         first.observe(Plan(4), [Gain(4, 1, [0])])
-    first.learned.patience = LOOK_AGAIN_MOST
     second.prepare(Runner(network), 1)
     assert second.learned is first.learned
+    other = tiny_network("llama")
+    first.prepare(Runner(other), 1)
+    assert first.learned is not second.learned
+    first, second = second, first
+    second.prepare(Runner(network), 1)
     assert second.acceptance.survival[0] < 0.05
     assert second.acceptance.tried[0] == pytest.approx(PRIOR_WEIGHT)
     sampled = AutoPlanner(SamplingParams(0.8))
     sampled.prepare(Runner(network), 1)
     assert sampled.acceptance.survival[0] == pytest.approx(PRIOR)
+
+
+@pytest.mark.parametrize("forwards", [10, 60, 256])
+def test_short_runs_look_at_drafting_again_too(forwards):
+    """Bad text stops the drafting; good text in runs that are shorter than the pause brings it back."""
+    planner = planner_with({(1, 0): 1.0, (8, 8): 1.3, (4, 4): 1.1})
+
+    def play(stands: bool) -> int:
+        planner._size = 0  # as `prepare` does for a new run
+        planner.acceptance.relax()
+        drafting = 0
+        for _ in range(forwards):
+            plan = planner.choose(1)
+            length = plan.draft_length
+            planner.observe(plan, [Gain(length, 1, [0] * (length if stands else 1))])
+            drafting += plan.drafting
+        return drafting
+
+    while play(stands=False):
+        if planner._running == planner.costs[1][0][0] and planner.acceptance.survival[0] < 0.05:
+            break
+    for _ in range(2 + 2 * LOOK_AGAIN_MOST // forwards):
+        last = play(stands=True)
+    assert last == forwards
 
 
 def test_a_prefill_drafts_only_if_the_next_forward_will():

@@ -15,6 +15,7 @@ from tidar.decode.hf import make_custom_generate
 from tidar.decode.planner import AutoPlanner
 from tidar.decode.step import Plan
 from tidar.errors import PromptError, TidarError
+from tidar.kernels.draft import ALTERNATIVES
 from tidar.model import hub
 from tidar.model.network import Network
 from tidar.prompts import Message, Prompt, encode_prompt
@@ -84,19 +85,28 @@ class TidarModel:
         for name, value in (("draft length", draft_length), ("outcomes", outcomes)):
             if value is not None and not 1 <= value <= most:
                 raise TidarError(f"{name} is {value}, but must be between 1 and {most} for this model")
-        if alternatives is not None and not 0 <= alternatives <= most:
-            raise TidarError(f"alternatives is {alternatives}, but must be between 0 and {most} for this model")
         params = params or SamplingParams()
         if mode == "ar":
             if params.trust < 1:
                 raise TidarError("trust below 1 asks the drafter, which mode 'ar' does not run: leave one of them out")
             return Plan(1, params)
+        length = draft_length or (self.config.block_size if self.config is not None else 8)
+        self._check_alternatives(alternatives, length, params)
         # Trust judges every draft by a block of its own, so there is nothing to choose.
         chosen = params.trust < 1 or any(value is not None for value in (draft_length, outcomes, alternatives))
         if plan == "auto" and not chosen and self.network.can_draft:
             return AutoPlanner(params, remeasure)
-        trained = self.config.block_size if self.config is not None else 8
-        return Plan(draft_length or trained, params, outcomes, alternatives or 0)
+        return Plan(length, params, outcomes, alternatives or 0)
+
+    @staticmethod
+    def _check_alternatives(alternatives: int | None, draft_length: int, params: SamplingParams) -> None:
+        most = ALTERNATIVES * (draft_length - 1)
+        if alternatives is not None and not 0 <= alternatives <= most:
+            raise TidarError(
+                f"alternatives is {alternatives}, but must be between 0 and {most} for draft length {draft_length}"
+            )
+        if alternatives and params.trust < 1:
+            raise TidarError("alternatives are judged by the AR half alone, so they do not go with trust below 1")
 
     @overload
     def generate(self, prompts: str | list[Message], **options: object) -> Answer: ...

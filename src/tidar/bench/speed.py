@@ -132,6 +132,7 @@ def measure(
         "rows": rows,
     }
     for set_name, batch, label, run in jobs:
+        network.learned.clear()  # no run may profit from another's text
         part = sets[set_name][:peer_prompts] if _foreign(label) else sets[set_name]
         run(part[: max(batch, 2)], batch, new)
         runs = [run(part, batch, new) for _ in range(repeats)]

@@ -113,13 +113,15 @@ def _writable(out: Path) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         _named(out, ".json").touch()
     except OSError as error:
-        raise TidarError(f"cannot write {out.with_suffix('.json')}: {error.strerror}") from error
+        raise TidarError(f"cannot write {_named(out, '.json')}: {error.strerror}") from error
 
 
 def _kept(results: Iterator[dict[str, Any]], out: Path) -> dict[str, Any]:
     """The last of growing results, each written as it comes: what was measured survives a Ctrl-C."""
     path, result = _named(out, ".json"), dict[str, Any]()
+    partial = _named(out, ".partial")
     for result in results:
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        partial.write_text(json.dumps(result, indent=1) + "\n")
+        partial.replace(path)
     print(f"wrote {path} and {_named(out, '.png')}", file=sys.stderr)
     return result

@@ -19,10 +19,12 @@ TopP = Annotated[float | None, typer.Option(help="Sample from the smallest set w
 MinP = Annotated[float | None, typer.Option(help="Drop tokens below this fraction of the likeliest one.")]
 Seed = Annotated[int, typer.Option(help="Random seed; with --plan fixed a row's tokens do not depend on its batch.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End before this text (repeatable).")]
-DraftLength = Annotated[int | None, typer.Option(help="K, tokens drafted a step; naming it turns --plan auto off.")]
-Outcomes = Annotated[int | None, typer.Option(help="Outcome blocks drafted a step, the likeliest [default: all K].")]
+DraftLength = Annotated[
+    int | None, typer.Option(help="K, tokens drafted a step. This and the next two turn --plan auto off.")
+]
+Outcomes = Annotated[int | None, typer.Option(help="Outcome blocks drafted a step, the likeliest [without it: all K].")]
 Alternatives = Annotated[
-    int | None, typer.Option(help="Next best tokens verified beside the drafts, one slot each [default: none].")
+    int | None, typer.Option(help="Next best tokens verified beside the drafts, one slot each [without it: none].")
 ]
 PlanName = Annotated[
     str, typer.Option("--plan", help="'auto' drafts as much as pays on this machine; 'fixed' does not.")

@@ -42,7 +42,7 @@ class Costs:
         if not remeasure:
             try:
                 stored = {str(k): float(v) for k, v in json.loads(self.path.read_text())["seconds"].items()}
-                # Zero stands for a plan that was not worth timing, which plain decoding ("1/0") never is.
+                # Zero stands for a plan that was not worth timing, which plain decoding ("1/0/0") never is.
                 self.known = {k: v for k, v in stored.items() if 0 < v < math.inf or (v == 0 and " 1/0/0" not in k)}
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 self.known = {}  # a broken file is measured anew
@@ -112,7 +112,7 @@ class _Bench:
     def seconds(self, plan: Plan) -> float:
         """The fastest of a few steps, waiting for each: whatever else runs on the machine only ever adds time."""
         taken = list[float]()
-        while len(taken) < 2 or (len(taken) <= REPEATS and sum(taken) < PATIENCE):
+        while len(taken) < 2 or (len(taken) <= REPEATS and sum(taken[1:]) < PATIENCE):
             self.state.cache.lengths.fill_(self.prefix)
             if self.network.device.type == "cuda":
                 torch.cuda.synchronize()

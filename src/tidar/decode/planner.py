@@ -8,8 +8,9 @@ not pay, and looks again now and then.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -42,6 +43,8 @@ MARGIN = 1.05
 have errors, and a plan that is new to a batch size has its graph captured first."""
 LOOK_AGAIN, LOOK_AGAIN_MOST = 64, 1024
 """Plain steps before the first look at whether drafting pays after all; twice as many after each look that says no."""
+MOST_LEARNED = 64
+"""Sampling parameters whose acceptance is kept; a server may be asked for any number of temperatures."""
 LOOK = 4
 """Forwards of such a look. The first judges nothing, as plain decoding left no drafts."""
 
@@ -145,12 +148,20 @@ class Acceptance:
         return [luck * rate for rate in RANKS]
 
 
+@dataclass
+class Pause:
+    """Plain decoding of a batch size: forwards until the next look at drafting, and after that, should it fail."""
+
+    rest: int = LOOK_AGAIN
+    patience: int = LOOK_AGAIN
+
+
 class Learned:
     """What a run leaves for the next one with the same network and sampling parameters."""
 
     def __init__(self, draft_length: int) -> None:
         self.acceptance = Acceptance(draft_length)
-        self.patience = LOOK_AGAIN
+        self.pauses = defaultdict[int, Pause](Pause)  # by batch size
 
 
 class AutoPlanner:
@@ -176,7 +187,10 @@ class AutoPlanner:
         return self.learned.acceptance
 
     def prepare(self, runner: Runner, rows: int) -> None:
-        self.learned = runner.network.learned.setdefault(replace(self.params, seed=0), self.learned)
+        kept, key = runner.network.learned, replace(self.params, seed=0)
+        if key not in kept and len(kept) >= MOST_LEARNED:
+            kept.clear()
+        self.learned = kept.setdefault(key, Learned(self.longest.draft_length))
         self.acceptance.relax()
         measured = Costs(runner, self.remeasure)
         shapes = SHAPES_CUDA if runner.network.device.type == "cuda" else SHAPES
@@ -211,7 +225,13 @@ class AutoPlanner:
         elif not self._left:
             self._turn()
         self._left, self._age = self._left - 1, self._age + 1
+        if not self._plan.drafting:
+            self._pause.rest -= 1
         return self._plan
+
+    @property
+    def _pause(self) -> Pause:
+        return self.learned.pauses[self._size]
 
     def best(self, rows: int) -> Plan:
         """The plan with the most expected tokens per second for a batch of `rows`; the running one, if hardly worse."""
@@ -238,13 +258,14 @@ class AutoPlanner:
                 self._plan, self._left = max(rates, key=lambda plan: rates[plan]), LOOK
                 return
         if looked:
-            self.learned.patience = min(2 * self.learned.patience, LOOK_AGAIN_MOST)
+            self._pause.patience = self._pause.rest = min(2 * self._pause.patience, LOOK_AGAIN_MOST)
         self._settle()
 
     def _settle(self) -> None:
         """Choose a plan, and for how many forwards."""
         self._plan = self._running = self.best(self._size)
         if self._running.drafting:
-            self.learned.patience, self._left = LOOK_AGAIN, min(max(self._age, 4), THINK_AGAIN)
+            self.learned.pauses.pop(self._size, None)
+            self._left = min(max(self._age, 4), THINK_AGAIN)
         else:
-            self._left = self.learned.patience
+            self._left = max(1, self._pause.rest)

@@ -29,7 +29,8 @@ CAPACITY = 1024
 """Cache room on a GPU is this times a power of two, so that the next run's prompts fit as well."""
 MOST_SLOTS = 8192
 """Slots of a captured prefill, padding included. With PREFILL_WORK this bounds the memory that graphs hold: keys and
-values of a prefill take at most 190 MB at the shapes of SmolLM2-135M (8192 slots) and of Qwen3-8B (1220)."""
+values of a prefill take at most 190 MB at the shapes of SmolLM2-135M (8192 slots) and of Qwen3-8B (1220), the logits of
+its drafts some 400 MB where many short prompts come at once."""
 LONGEST = 2048
 """Slots a row of a captured prefill: the mask of longer ones would outgrow their keys and values."""
 PREFILL_WORK = 2e13
@@ -305,6 +306,7 @@ def runner_for(network: Network) -> Runner:
     """
     if network.device.type in ("cpu", "cuda") and network.fused_from != network.state():
         network.fused = network.runner = None
+        network.learned.clear()
         fuse(network)
         network.fused_from = network.state()
     if network.device.type != "cuda":

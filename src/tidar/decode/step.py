@@ -73,8 +73,11 @@ class Plan:
 
     @property
     def leaves(self) -> tuple[tuple[int, int], ...]:
-        """(draft that it continues, rank among the next draft's alternatives) of each leaf."""
-        return choose_leaves(self.draft_length, self.alternatives)
+        """(draft that it continues, rank among the next draft's alternatives) of each leaf.
+
+        None where trust is mixed: what the verifier says after a leaf would not be.
+        """
+        return choose_leaves(self.draft_length, self.alternatives if self.params.trust == 1 else 0)
 
     @property
     def slots(self) -> int:
@@ -83,8 +86,8 @@ class Plan:
 
     @property
     def key(self) -> Plan:
-        """The plan without its seed, and its outcomes counted: what decides a captured step."""
-        return replace(self, params=replace(self.params, seed=0), outcomes=self.blocks)
+        """The plan without its seed, and its outcomes and leaves counted: what decides a captured step."""
+        return replace(self, params=replace(self.params, seed=0), outcomes=self.blocks, alternatives=len(self.leaves))
 
 
 def choose_leaves(draft_length: int, count: int) -> tuple[tuple[int, int], ...]:

@@ -163,7 +163,8 @@ if triton is not None:
         rank = tl.sum(((other > mine) | ((other == mine) & earlier)).to(tl.int32), 1)
         chosen = rank < count
         place = tl.cumsum(chosen.to(tl.int32), 0) - 1
-        tl.store(outcomes + b * count + place, (k + 1).to(tl.int64), mask=chosen)
+        # Confidences that are no numbers would all be chosen.
+        tl.store(outcomes + b * count + place, (k + 1).to(tl.int64), mask=chosen & (place < count))
 
     @triton.jit
     def _judge(
