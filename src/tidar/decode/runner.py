@@ -6,6 +6,7 @@ kernels, which Triton keeps on disk).
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from collections import OrderedDict
@@ -312,6 +313,15 @@ def runner_for(network: Network) -> Runner:
     if not isinstance(network.runner, GraphRunner):
         network.runner = GraphRunner(network)
     return GraphRunner(network) if network.runner.busy else network.runner
+
+
+def release(network: Network) -> None:
+    """Give back the memory of everything that was built for decoding: caches, graphs, fused weights."""
+    network.fused = network.runner = network.fused_from = None
+    if network.device.type == "cuda":
+        torch.cuda.synchronize()  # the last step may still be replaying
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 @torch.inference_mode()

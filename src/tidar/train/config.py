@@ -12,7 +12,7 @@ from tidar.errors import TidarError
 
 COUNTS = (
     *("steps", "batch_size", "accumulate", "sequence_length", "log_every", "rank"),
-    *("answers_per_prompt", "answer_tokens", "generation_batch", "generation_workers"),
+    *("answers_per_prompt", "answer_tokens"),
 )
 
 
@@ -22,7 +22,12 @@ class TrainConfig:
 
     model: Annotated[str, "Base model: 'smollm2-135m', a folder or a Hugging Face id."]
     output: Annotated[Path, "Folder for the result."]
-    data: Annotated[list[Path], "JSONL file of prompts or conversations (repeatable)."] = field(default_factory=list)
+    data: Annotated[
+        list[Path], "File (JSONL, JSON, Parquet, text), folder, glob or hf:NAME[:CONFIG][:SPLIT] (repeatable)."
+    ] = field(default_factory=list)
+    skip_bad_rows: Annotated[bool, "Count and report unreadable rows instead of stopping at the first."] = False
+    row_limit: Annotated[int | None, "Most rows to take of each source."] = None
+    stream: Annotated[bool, "Take rows of hf: data sets as they arrive instead of downloading them first."] = False
     objective: Annotated[str, "'lossless' (gated drafter, base frozen) or 'paper' (all weights)."] = "lossless"
     block_size: Annotated[int, "K, tokens in a mask block."] = 8
     rank: Annotated[int, "LoRA rank of the drafter."] = 32
@@ -36,11 +41,13 @@ class TrainConfig:
     marginal_weight: Annotated[float, "Weight of the masks' own loss beside the sampler head's."] = 0.3
     teacher_temperature: Annotated[float, "Below 1 sharpens the soft targets (lossless)."] = 1.0
     self_generate: Annotated[bool, "Let the base model answer the prompts in the data."] = True
-    answers: Annotated[Path | None, "File for the generated answers; read instead, if it exists."] = None
+    answers: Annotated[Path | None, "File for the encoded samples; read instead, if it exists."] = None
     answers_per_prompt: Annotated[int, "Answers generated for each prompt."] = 1
     answer_tokens: Annotated[int, "Longest generated answer."] = 256
-    generation_batch: Annotated[int, "Answers generated together, in each worker."] = 8
-    generation_workers: Annotated[int, "Processes that generate on the same device."] = 1
+    temperatures: Annotated[
+        list[float] | None, "Temperature of generated answers; prompts go round them (repeatable).", "--temperature"
+    ] = None
+    generation_batch: Annotated[int, "Answers generated together; 0 for as many as memory allows."] = 0
     generation_minutes: Annotated[float | None, "Stop generating after about this long."] = None
     steps: Annotated[int, "Optimizer steps."] = 1000
     batch_size: Annotated[int, "Rows a step and device."] = 8
@@ -68,7 +75,7 @@ class TrainConfig:
         TidarConfig(self.block_size)
         for name in COUNTS:
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("sampler_width", "warmup"):
+        for name in ("sampler_width", "warmup", "generation_batch"):
             self._require(name, getattr(self, name) >= 0, "at least 0")
         for name in ("ar_weight", "diffusion_weight", "marginal_weight"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "a finite number, at least 0")
@@ -76,11 +83,15 @@ class TrainConfig:
             value = getattr(self, name)
             self._require(name, value is None or 0 < value < math.inf, "a finite number above 0")
         self._require("anchors", 0 <= self.anchors <= self.sequence_length, "between 0 and the sequence length")
+        self._require("row_limit", self.row_limit is None or self.row_limit >= 1, "at least 1")
+        for temperature in self.temperatures or ():
+            if not 0 <= temperature < math.inf:
+                raise TidarError(f"temperature is {temperature}, but must be finite, 0 (greedy) or more")
         self._require("seed", 0 <= self.seed < 2**32, "in [0, 2^32)")
         if self.objective == "paper" and not self.ar_weight + self.diffusion_weight > 0:
             raise TidarError("ar-weight and diffusion-weight are both 0: nothing would be trained")
         if not self.data and not (self.answers and self.answers.exists()):
-            raise TidarError("no training data: name at least one JSONL file with --data")
+            raise TidarError("no training data: name at least one file or hf: data set with --data")
         if self.sequence_length < 2 * self.block_size:
             raise TidarError(f"sequence-length {self.sequence_length} is too short for blocks of {self.block_size}")
         if self.output.is_file():

@@ -7,7 +7,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.training_args import ParallelMode
 
 from tidar import __version__
@@ -27,12 +27,13 @@ from tidar.errors import TidarError
 from tidar.model import hub
 from tidar.model.compat import probe
 from tidar.model.drafter import Drafter, DrafterSpec
-from tidar.prompts import encode_prompt, read_prompts
+from tidar.sources import BadRows, Reading
 from tidar.train.config import TrainConfig
 from tidar.train.conversion import Conversion, LossWeights
-from tidar.train.data import Packed, Sample, collate, pack, read_samples
-from tidar.train.samples import ModelCard, load_samples, save_samples
-from tidar.train.selfgen import Generation, self_generate, self_generate_parallel
+from tidar.train.data import Packed, collate, pack
+from tidar.train.prepare import Sources, answer_prompts, encode_given, model_card, packed_facts, report_packed
+from tidar.train.samples import Samples, load_samples
+from tidar.train.selfgen import TEMPERATURES, Generation
 
 
 def convert(config: TrainConfig) -> TidarModel:
@@ -130,68 +131,58 @@ def free_mask_token(model: TidarModel) -> int:
 
 
 def prepare_data(config: TrainConfig, model: TidarModel) -> tuple[Packed, dict[str, Any]]:
-    """Read, generate or reload the samples, and pack them. Returns the rows and facts about the data."""
-    tokenizer = model.tokenizer
-    assert tokenizer is not None
-    files = [path.name for path in config.data]
-    if config.answers is not None and config.answers.exists():
-        samples, source, files = load_samples(config.answers, model_card(model)), f"read from {config.answers.name}", []
-    elif config.self_generate:
-        samples, source = _self_generate(config, model), "self-generated"
-    else:
-        samples, source = [s for path in config.data for s in read_samples(path, tokenizer)], "given in the data"
-    packed = pack(samples, config.sequence_length)
-    facts = {
-        "files": files,
-        "samples": len(samples),
-        "tokens": sum(len(s.ids) for s in samples),
-        "answer_tokens": sum(len(s.ids) - s.answer for s in samples),
-        "rows": len(packed),
-        "answers": source,
-    }
-    print(f"data: {facts['samples']:,} samples, {facts['tokens']:,} tokens in {len(packed):,} rows", file=sys.stderr)
-    return packed, facts
+    """Read, generate or reload the samples, and pack them. Returns the rows and facts about the data.
 
-
-def _self_generate(config: TrainConfig, model: TidarModel) -> list[Sample]:
-    """Let the base model answer the prompts; the answers are kept in a file, which the other ranks read.
-
-    Reruns read it too if it was named by `--answers`; the default file in the output folder is written anew.
+    The main process makes the samples' file; all of them map it into memory.
     """
-    path = config.answers or config.output / "answers.safetensors"
+    sources = Sources(
+        [str(path) for path in config.data],
+        Reading(config.row_limit, config.stream),
+        BadRows(config.skip_bad_rows),
+    )
     with PartialState().main_process_first():
-        if PartialState().is_main_process:
-            prompts = [ids for file in config.data for ids in _encode_file(model.tokenizer, file)]
-            context = model.network.max_positions or config.sequence_length
-            how = Generation(
-                answers=config.answers_per_prompt,
-                max_new_tokens=config.answer_tokens,
-                max_prompt_tokens=min(config.sequence_length - config.block_size, context - 1),
-                batch_size=config.generation_batch,
-                seed=config.seed,
-                seconds=None if config.generation_minutes is None else 60 * config.generation_minutes,
-            )
-            if config.generation_workers > 1:
-                dtype = str(model.hf_model.dtype).removeprefix("torch.")
-                workers = config.generation_workers
-                samples = self_generate_parallel(config.model, config.device, dtype, prompts, how, workers)
-            else:
-                samples = self_generate(model.network, prompts, how)
-            save_samples(path, samples, model_card(model))
-        return load_samples(path, model_card(model))
+        samples, facts = _samples(config, model, sources)
+    packed = pack(samples, config.sequence_length)
+    if PartialState().is_main_process:
+        report_packed(packed)
+    return packed, {**facts, "bad_rows": sources.bad.count, **packed_facts(packed)}
 
 
-def _encode_file(tokenizer: PreTrainedTokenizerBase, file: Path) -> Iterator[list[int]]:
-    for place, prompt in read_prompts(file):
-        try:
-            yield encode_prompt(tokenizer, prompt)
-        except TidarError as error:
-            raise TidarError(f"{place}: {error}") from error
+def _samples(config: TrainConfig, model: TidarModel, sources: Sources) -> tuple[Samples, dict[str, Any]]:
+    """The samples, and where they come from.
+
+    A file named by `--answers` is read if it exists (unless an interrupted job has left it: that goes on). The default
+    file in the output folder is read if it was made from the same data by the same options, else written anew.
+    """
+    card, named = model_card(model), config.answers
+    if named is not None and named.exists():
+        stored = load_samples(named, card)
+        if not (stored.origin.interrupted and config.data and config.self_generate):
+            return stored.samples, {"files": [], "answers": f"read from {named.name}"}
+    files = [Path(name).name if Path(name).exists() else name for name in sources.names]
+    main = PartialState().is_main_process
+    if config.self_generate:
+        path = named or config.output / "answers.safetensors"
+        if main:
+            answer_prompts(model, sources, _generation(config, model), path, renew=named is None)
+        return load_samples(path, card).samples, {"files": files, "answers": "self-generated"}
+    path = named or config.output / "samples.safetensors"
+    if main:
+        encode_given(model, sources, path)
+    return load_samples(path, card).samples, {"files": files, "answers": "given in the data"}
 
 
-def model_card(model: TidarModel) -> ModelCard:
-    """What answers must fit: the last part of the base's name (folders move), and its vocabulary."""
-    return ModelCard(Path(model.base).name, model.hf_model.get_input_embeddings().weight.shape[0])
+def _generation(config: TrainConfig, model: TidarModel) -> Generation:
+    context = model.network.max_positions or config.sequence_length
+    return Generation(
+        temperatures=tuple(config.temperatures or TEMPERATURES),
+        answers=config.answers_per_prompt,
+        max_new_tokens=config.answer_tokens,
+        max_prompt_tokens=min(config.sequence_length - config.block_size, context - 1),
+        batch_size=config.generation_batch or None,
+        seed=config.seed,
+        seconds=None if config.generation_minutes is None else 60 * config.generation_minutes,
+    )
 
 
 def _arguments(config: TrainConfig, device: torch.device) -> TrainingArguments:
