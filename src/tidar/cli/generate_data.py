@@ -59,7 +59,7 @@ def generate_data(
     for path in (output, jsonl):
         if path is not None and path.is_dir():
             raise TidarError(f"{path} is a folder, but must be a file")
-    loaded = o.load(model, "none", device, dtype)
+    loaded = o.load(model, "none", device, dtype, None)
     if loaded.tokenizer is None:
         raise TidarError(f"{model} has no tokenizer, so prompts cannot be encoded")
     context = loaded.network.max_positions or math.inf

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from tidar.decode.runner import CAPACITY, Pending, Runner, runner_for
+from tidar.decode.runner import CAPACITY, Runner, runner_for
 from tidar.decode.step import Plan, State, prefill
 from tidar.errors import TidarError
 from tidar.model.network import Network
@@ -29,6 +29,8 @@ WINDOW = 4
 PREFILL_TOKENS = 16384
 """Most tokens in one prefill, padding included."""
 MOST_ROWS, CPU_ROWS = 1024, 16
+NEW = 3
+"""Column of a step's result that holds the one token of a plain step, see `StepResult`."""
 
 
 class Job(NamedTuple):
@@ -97,13 +99,6 @@ def _room(network: Network, job: Job, max_new_tokens: int) -> int:
     return room
 
 
-def _new_tokens(pending: Pending) -> np.ndarray:
-    """[B] the token that each row gained; waits for it."""
-    if pending.event is not None:
-        pending.event.synchronize()
-    return pending.host.numpy()[:, 2]
-
-
 def _by_length(jobs: list[tuple[Job, int]], window: int) -> Iterator[tuple[Job, int]]:
     """The jobs in their order, but sorted by length within every `window` of them."""
     for start in range(0, len(jobs), window):
@@ -158,9 +153,7 @@ class _Batch:
 
     def _prefill(self, jobs: list[Job], places: list[int]) -> list[int]:
         """Let jobs run in `places`; returns their first tokens."""
-        joined = prefill(self.network, [job.prompt for job in jobs], [job.row for job in jobs], self.plan)
-        self.runner.put_rows(places, joined)
-        return joined.drafts[:, 0].tolist()
+        return self.runner.admit([job.prompt for job in jobs], [job.row for job in jobs], places, self.plan)
 
     def _forwards(self) -> Chunk:
         """A chunk of forwards, read back together."""
@@ -170,7 +163,7 @@ class _Batch:
         longest = int(self.cached[places].max())
         pending = [self.runner.step(self.plan, len(self.running), longest + n) for n in range(count)]
         self.cached[places] += count
-        return self._take(places, np.stack([_new_tokens(step)[places] for step in pending], 1))
+        return self._take(places, np.stack([step.array()[places, NEW] for step in pending], 1))
 
     def _take(self, places: np.ndarray, new: np.ndarray) -> Chunk:
         """Append the new tokens [n, m] of the rows in `places` [n] to their answers, up to where each ends."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,9 +56,13 @@ class Pending:
 
     def values(self) -> list:
         """The tensor as lists; waits if it must."""
+        return self.array().tolist()
+
+    def array(self) -> np.ndarray:
+        """The tensor on the host; waits if it must."""
         if self.event is not None:
             self.event.synchronize()
-        return self.host.tolist()
+        return self.host.numpy()
 
 
 class Gain(NamedTuple):
