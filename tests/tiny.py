@@ -86,8 +86,11 @@ def continuations(arch: str, new: int = 100) -> list[list[int]]:
     return [generate(plain_of(arch), row, max_new_tokens=new)[0, row.shape[1] :].tolist() for row in rows]
 
 
-def tiny_folder(folder: Path, arch: str = "llama", chat: bool = True) -> str:
-    """A model folder as users have them: weights, and a byte-level tokenizer with a chat template and an end token."""
+def tiny_folder(folder: Path, arch: str = "llama", chat: bool = True, mask_token: bool = False) -> str:
+    """A model folder as users have them: weights, and a byte-level tokenizer with a chat template and an end token.
+
+    With `mask_token` the vocabulary has one more row, free for the paper's objective.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {symbol: i for i, symbol in enumerate(["<pad>", "<end>", *alphabet])}
     tokens = Tokenizer(models.BPE(vocabulary, merges=[]))
@@ -96,6 +99,6 @@ def tiny_folder(folder: Path, arch: str = "llama", chat: bool = True) -> str:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<end>", pad_token="<pad>")
     if chat:
         tokenizer.chat_template = "{% for m in messages %}{{ m['role'][0] + m['content'] + '\n' }}{% endfor %}"
-    tiny_lm(arch, vocabulary=len(vocabulary)).save_pretrained(folder)
+    tiny_lm(arch, vocabulary=len(vocabulary) + mask_token).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
