@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -168,9 +169,10 @@ class ConversionTrainer(Trainer):
         """Decode the measure prompts; the time it takes is not training's."""
         if self.measure is None:
             return
-        started = time.perf_counter()
+        started, wanted = time.perf_counter(), self.control.should_log
         self.measured = self.measure()
         self.log({k: v for m in self.measured for k, v in _decoded(m).items()})
+        self.control.should_log = wanted  # an entry counts as the step's own, whose is still to come
         self._logged_at += time.perf_counter() - started
 
 
@@ -239,7 +241,9 @@ def checkpoint_layers(module: Conversion) -> None:
         again = gate.opened(gate.start) if gate is not None and gate.start is not None else nullcontext()
         return nullcontext(), again
 
-    module.network.lm.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+    with warnings.catch_warnings():  # the name that transformers 5.23 wants instead is unknown to older versions
+        warnings.simplefilter("ignore", FutureWarning)
+        module.network.lm.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
 
 
 def join_processes(config: TrainConfig) -> bool:
