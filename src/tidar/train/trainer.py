@@ -98,6 +98,14 @@ class ConversionTrainer(Trainer):
             self._rng_from = None
         return samples
 
+    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of a batch; the gate stays open until the end, for layers that run again."""
+        module: Conversion = self.accelerator.unwrap_model(model)
+        drafter = module.network.drafter
+        gate = nullcontext() if drafter is None else drafter.gate.opened(inputs["input_ids"].shape[1])
+        with gate:
+            return super().training_step(model, inputs, num_items_in_batch)
+
     @property
     def consumed(self) -> int:
         """Rows trained on, by all processes, before this run too."""
@@ -234,16 +242,10 @@ def pin(arguments: TrainingArguments, device: torch.device) -> None:
 
 
 def checkpoint_layers(module: Conversion) -> None:
-    """Gradient checkpointing of the decoder layers. A layer that runs again must find the gate as it was."""
-    gate = module.network.drafter.gate if module.network.drafter is not None else None
-
-    def contexts() -> tuple[Any, Any]:
-        again = gate.opened(gate.start) if gate is not None and gate.start is not None else nullcontext()
-        return nullcontext(), again
-
+    """Gradient checkpointing of the decoder layers; see `ConversionTrainer.training_step`."""
     with warnings.catch_warnings():  # the name that transformers 5.23 wants instead is unknown to older versions
         warnings.simplefilter("ignore", FutureWarning)
-        module.network.lm.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+        module.network.lm.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def join_processes(config: TrainConfig) -> bool:
