@@ -170,9 +170,9 @@ def test_a_place_has_its_row_and_anchors_whatever_came_before():
 
 
 def test_the_curve_is_in_the_record_of_the_whole_run(folder, data, tmp_path):
-    config = options(folder, data, tmp_path, steps=2, save_every=2, log_every=1)
+    config = options(folder, data, tmp_path, steps=2, save_every=2, log_every=2)
     convert(config)
-    convert(options(folder, data, tmp_path, steps=3, save_every=2, log_every=1, resume="auto"))
+    convert(options(folder, data, tmp_path, steps=4, save_every=2, log_every=1, resume="auto"))
     record = json.loads((config.output / "training.json").read_text())
-    assert [row["step"] for row in record["curve"] if "loss" in row] == [1, 2, 3]
-    assert record["rows_consumed"] == 3 * 4
+    assert [row["step"] for row in record["curve"] if "loss" in row] == [2, 3, 4]
+    assert record["rows_consumed"] == 4 * 4

@@ -74,6 +74,9 @@ class SaveEvery(TrainerCallback):
     def __init__(self, steps: int) -> None:
         self.steps = steps
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.compute_steps(args, state.max_steps)  # log as this run wants to, not as the one that it resumes did
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.steps and state.global_step % self.steps == 0:
             control.should_save = control.should_log = True

@@ -71,12 +71,11 @@ def convert(config: TrainConfig) -> TidarModel:
         cursor, done = cursor.at(checkpoint), _steps_done(checkpoint, config)
     module = prepare_module(config, model)
     with named_once(model.network.drafter):
-        bf16 = trains_in_bf16(config, model.network.device)
         if config.fsdp:
-            shard(module, bf16)
+            shard(module, trains_in_bf16(config, model.network.device))
         lengths = config.measure_draft_lengths or [config.block_size]
         limits = Limits(config.measure_tokens, model.network.eos_ids)
-        decode = partial(measure, module, prompts, lengths, limits, bf16) if prompts else None
+        decode = partial(measure, module, prompts, lengths, limits) if prompts else None
         trainer = ConversionTrainer(config, module, packed, cursor, done, config.fsdp, decode)
         started = time.time()
         trainer.run(checkpoint)
@@ -241,7 +240,10 @@ def prepare_data(config: TrainConfig, model: TidarModel) -> tuple[Packed, dict[s
         "rows": len(packed),
         "answers": source,
     }
-    print(f"data: {facts['samples']:,} samples, {facts['tokens']:,} tokens in {len(packed):,} rows", file=sys.stderr)
+    if PartialState().is_main_process:
+        print(
+            f"data: {facts['samples']:,} samples, {facts['tokens']:,} tokens in {len(packed):,} rows", file=sys.stderr
+        )
     return packed, facts
 
 

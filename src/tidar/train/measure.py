@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,19 +65,19 @@ def read_measure_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, count: 
 
 
 def measure(
-    module: Conversion, prompts: Sequence[list[int]], draft_lengths: Sequence[int], limits: Limits, bf16: bool = False
+    module: Conversion, prompts: Sequence[list[int]], draft_lengths: Sequence[int], limits: Limits
 ) -> list[Measurement]:
     """Decode `prompts` greedily at each draft length; processes share them out, and all call this.
 
     The stock modules decode: the fused ones turn weights into views of others, which an optimizer or FSDP2 would not
-    survive. With `bf16` they run under autocast, as float32 masters do in training. Training goes on as if nothing had
-    happened.
+    survive. Weights are taken in the precision in which this process has them (float32 masters: float32). Training goes
+    on as if nothing had happened.
     """
     network, device = module.network, module.network.device
     rank, world = _process()
     mine = prompts[rank::world]
     results = []
-    with decoding(module), torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
+    with decoding(module):
         for length in draft_lengths:
             counts = _decode(network, mine, length, limits).to(device)
             if world > 1:

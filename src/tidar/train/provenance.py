@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict
@@ -46,7 +47,7 @@ def provenance(config: TrainConfig, trainer: ConversionTrainer, facts: dict[str,
     return {
         "summary": summary,
         "options": options,
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": _command(),
         "commit": commit(),
         "files": {path.name: _fingerprint(path) for path in files if path.is_file()},
         "rows_consumed": trainer.consumed,
@@ -69,6 +70,12 @@ def commit() -> str | None:
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except OSError:  # no git
         return None
+
+
+def _command() -> str:
+    """The command line, without the path of the program; `python -m tidar.cli.main` is `tidar`."""
+    program = Path(sys.argv[0]).name
+    return shlex.join(["tidar" if program == "main.py" else program, *sys.argv[1:]])
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -253,7 +254,8 @@ def join_processes(config: TrainConfig) -> bool:
     if "LOCAL_RANK" not in os.environ:
         return False
     on_cpu = config.device == "cpu" or not torch.cuda.is_available()
-    PartialState(cpu=on_cpu)
+    # The others wait while the first process generates answers.
+    PartialState(cpu=on_cpu, timeout=timedelta(hours=2))
     # A launcher's own FSDP would wrap what we shard ourselves.
     if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true":
         config.fsdp = True
