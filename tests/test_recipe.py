@@ -67,6 +67,7 @@ BAD = {
     "impossible block": ("block_size: 1", "c.yaml: block size is 1"),
     "rising rate": ("learning-rate: 1e-4\nmin-learning-rate: 1e-3", "c.yaml: min-learning-rate is 0.001"),
     "warm-up": ("warmup-ratio: 1", "c.yaml: warmup-ratio is 1.0"),
+    "no data": ("data: []", "no training data"),
     "missing data": ("data: none.jsonl", "c.yaml: data is none.jsonl, which does not exist"),
     "no prompts to measure": ("measure-prompts: none.jsonl", "measure-prompts is none.jsonl, which does not exist"),
     "measuring nothing": ("measure-every: 5", "c.yaml: measure-every is 5, but must be 0 without measure-prompts"),

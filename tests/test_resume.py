@@ -176,3 +176,14 @@ def test_the_curve_is_in_the_record_of_the_whole_run(folder, data, tmp_path):
     record = json.loads((config.output / "training.json").read_text())
     assert [row["step"] for row in record["curve"] if "loss" in row] == [2, 3, 4]
     assert record["rows_consumed"] == 4 * 4
+
+
+def test_a_resumed_run_reads_its_generated_answers_again(folder, data, tmp_path, monkeypatch):
+    more = {"self_generate": True, "answer_tokens": 12, "save_every": 2}
+    convert(options(folder, data, tmp_path, steps=2, **more))
+
+    def again(*args):
+        raise AssertionError("sampled anew")
+
+    monkeypatch.setattr("tidar.train.convert.self_generate", again)
+    convert(options(folder, data, tmp_path, steps=3, resume="auto", **more))
