@@ -19,6 +19,7 @@ from tiny import tiny_folder
 from train_options import conversations, curve, options
 
 STEPS = 6
+pytestmark = pytest.mark.xdist_group("ranks")  # one worker: the runs are made once
 
 
 def run_two(configs, folder):

@@ -1,5 +1,6 @@
 """Config files: fields as flags, flags first, and what is wrong said before a model is loaded."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from tidar import TidarError, TidarModel
 from tidar.cli import main
 from tidar.train.config import TrainConfig
 from tidar.train.recipe import load_config, read_fields
+from tidar.train.trainer import launcher_shards
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -142,6 +144,13 @@ def test_the_papers_settings():
     assert (config.peak_rate, config.min_learning_rate, config.sequence_length) == (1e-5, 3e-6, 4096)
     assert config.warmup_steps == 239
     assert config.steps * 2**21 == pytest.approx(50e9, rel=1e-3)
+
+
+def test_a_launcher_that_was_told_to_shard_is_heard_and_kept_from_it(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert launcher_shards()
+    assert "ACCELERATE_USE_FSDP" not in os.environ
+    assert not launcher_shards()
 
 
 def test_the_command_takes_a_file(tmp_path, data, monkeypatch):

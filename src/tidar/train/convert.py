@@ -40,6 +40,7 @@ from tidar.train.trainer import (
     checkpoint_layers,
     join_processes,
     last_checkpoint,
+    launcher_shards,
     trains_in_bf16,
 )
 
@@ -54,7 +55,8 @@ def convert(config: TrainConfig) -> TidarModel:
         TidarError: for bad data, an impossible model or options that cannot be meant.
     """
     config.check()
-    launched = join_processes(config)
+    config = replace(config, fsdp=launcher_shards() or config.fsdp)
+    launched = join_processes(config.device)
     if config.fsdp and not launched:
         raise TidarError("fsdp needs several processes: start with `torchrun` or `accelerate launch`")
     transformers.set_seed(config.seed)

@@ -78,6 +78,8 @@ class ConversionTrainer(Trainer):
 
     def run(self, checkpoint: Path | None) -> None:
         """Train to the end, from `checkpoint` if there is one."""
+        if self.args.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.args.device)  # generating answers was not training
         self._logged_at = time.perf_counter()
         self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
@@ -249,17 +251,19 @@ def checkpoint_layers(module: Conversion) -> None:
         module.network.lm.gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def join_processes(config: TrainConfig) -> bool:
+def join_processes(device: str | None) -> bool:
     """Under a launcher, find the other processes and this one's GPU. Returns whether there was a launcher."""
     if "LOCAL_RANK" not in os.environ:
         return False
-    on_cpu = config.device == "cpu" or not torch.cuda.is_available()
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
     # The others wait while the first process generates answers.
     PartialState(cpu=on_cpu, timeout=timedelta(hours=2))
-    # A launcher's own FSDP would wrap what we shard ourselves.
-    if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        config.fsdp = True
     return True
+
+
+def launcher_shards() -> bool:
+    """Whether `accelerate launch` was configured for FSDP, which is then told nothing of it: we shard ourselves."""
+    return os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def last_checkpoint(folder: Path) -> Path | None:
