@@ -12,7 +12,7 @@ from tidar.model.drafter import PEFT_PREFIX
 from tidar.model.network import Network
 from tidar.train.config import TrainConfig
 from tidar.train.conversion import Conversion, LossWeights
-from tidar.train.convert import _arguments, _pin, convert
+from tidar.train.convert import convert
 from tidar.train.data import collate, pack
 from tidar.train.objective import (
     acceptance_weights,
@@ -23,6 +23,7 @@ from tidar.train.objective import (
 )
 from tidar.train.prepare import model_card
 from tidar.train.samples import Sample, Samples, load_samples
+from tidar.train.trainer import arguments_of, pin
 from tiny import tiny_folder, tiny_lm, tiny_network
 
 
@@ -308,7 +309,7 @@ def test_accumulating_batches_is_the_same_as_one_batch(folder, tmp_path):
 def test_diverged_weights_are_not_saved(folder, data, tmp_path):
     with pytest.raises(TidarError, match="diverged"):
         convert(options(folder, data, tmp_path, steps=3, learning_rate=1e30))
-    assert [path.name for path in (tmp_path / "out").glob("*")] == ["samples.safetensors"]
+    assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()] == ["samples.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -333,7 +334,7 @@ def test_self_generation_leaves_the_given_answers_out(folder, tmp_path):
 
 
 def test_the_trainer_uses_the_device_of_the_model(folder, data, tmp_path):
-    arguments = _arguments(options(folder, data, tmp_path, device=None), torch.device("cpu"))
+    arguments = arguments_of(options(folder, data, tmp_path, device=None), torch.device("cpu"))
     assert arguments.use_cpu
     assert arguments.device == torch.device("cpu")
     assert arguments.n_gpu == 0
@@ -342,9 +343,9 @@ def test_the_trainer_uses_the_device_of_the_model(folder, data, tmp_path):
 def test_without_a_launcher_the_trainer_keeps_to_one_of_several_gpus(folder, data, tmp_path, monkeypatch):
     current = []
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    arguments = _arguments(options(folder, data, tmp_path), torch.device("cpu"))
+    arguments = arguments_of(options(folder, data, tmp_path), torch.device("cpu"))
     arguments._n_gpu = 3
-    _pin(arguments, torch.device("cuda:1"))
+    pin(arguments, torch.device("cuda:1"))
     assert arguments.device == torch.device("cuda:1")
     assert arguments.n_gpu == 1
     assert current == [torch.device("cuda:1")]

@@ -88,6 +88,11 @@ def local_files(source: str | Path) -> list[Path]:
     return [path]
 
 
+def source_name(source: str | Path) -> str:
+    """A source's name for people: without the folder that it is in."""
+    return str(source) if str(source).startswith(HUB) else Path(source).name
+
+
 def _local_rows(source: str | Path, bad: BadRows) -> Iterator[Row]:
     for path in local_files(source):
         try:

@@ -48,6 +48,12 @@ class Packed(Dataset):
     firsts: np.ndarray
     fit: Fit
 
+    @property
+    def content(self) -> tuple[np.ndarray, ...]:
+        """Everything that decides the rows."""
+        plan = self.begins, self.lengths, self.firsts, np.array(self.length)
+        return self.samples.ids, self.samples.answers, *plan
+
     def __len__(self) -> int:
         return len(self.firsts) - 1
 

@@ -94,17 +94,21 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, sources: Sources) -> Iterator[t
 
 
 def answer_prompts(
-    model: TidarModel, sources: Sources, how: Generation, path: Path, renew: bool = False
+    model: TidarModel, sources: Sources, how: Generation, path: Path, renew: bool = False, keep: bool = False
 ) -> tuple[Stored, Prompts]:
     """Let the model answer the sources' prompts; the answers are kept in `path`, and a job that was cut off goes on.
 
     With `renew`, answers to other prompts or by other options are overwritten, and those of this job are taken as they
-    are unless it was interrupted.
+    are unless it was interrupted. With `keep` as well, nothing is overwritten: other answers are an error.
     """
     assert model.tokenizer is not None
     card, prompts = model_card(model), encode_prompts(model.tokenizer, sources)
     if renew:
         stored = stored_if(path, card, job_key(prompts.ids, how, card))
+        if stored is None and path.exists() and keep:
+            raise TidarError(
+                f"{path} holds answers to other prompts, or by other options, than this run was started with"
+            )
         if stored is None:
             path.unlink(missing_ok=True)
         elif not stored.origin.interrupted:
