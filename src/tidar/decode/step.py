@@ -243,7 +243,7 @@ def prefill(network: Network, prompts: list[list[int]], rows: list[int], plan: P
         width = -(-width // ROUND) * ROUND  # libraries plan anew for every shape
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     ids = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=device)
-    layout = prefill_layout(lengths, width, plan.draft_length if plan.drafting else 0)
+    layout = prefill_layout(lengths, width, plan.draft_length if plan.drafting else 0, network.causal_blocks)
     state = State.empty(len(prompts), layout.size, plan.draft_length, network, not plan.params.greedy)
     state.seeds.copy_(row_seeds(plan.params.seed, torch.tensor(rows, device=device)))
     state.active.fill_(True)
@@ -273,7 +273,8 @@ def step(network: Network, state: State, plan: Plan, longest: int | None = None)
     tokens = state.drafts[:, :length]
     if leaves is not None:
         tokens = torch.cat((tokens, leaves.tokens), 1)
-    layout = step_layout(length, outcomes, state.drafts.device, tuple(draft for draft, _ in plan.leaves))
+    parents = tuple(draft for draft, _ in plan.leaves)
+    layout = step_layout(length, outcomes, state.drafts.device, parents, network.causal_blocks)
     layout = layout.after(cache.lengths)
     cache.reserve(layout.size, longest)
     hidden = network(tokens, layout, cache, fused=True)
