@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -22,15 +22,16 @@ from transformers.training_args import ParallelMode
 
 from tidar import __version__
 from tidar.api import TidarModel
-from tidar.config import TidarConfig
+from tidar.config import BlockAttention, Objective, TidarConfig
 from tidar.errors import TidarError
 from tidar.model import hub
 from tidar.model.compat import probe
 from tidar.model.drafter import Drafter, DrafterSpec
 from tidar.prompts import encode_prompt, read_prompts
+from tidar.train.blocks import BlockDraw, collate_blocks
 from tidar.train.config import TrainConfig
-from tidar.train.conversion import Conversion, LossWeights
-from tidar.train.data import Packed, Sample, collate, pack, read_samples
+from tidar.train.conversion import Conversion, LossOptions
+from tidar.train.data import Packed, Sample, pack, read_samples
 from tidar.train.samples import ModelCard, load_samples, save_samples
 from tidar.train.selfgen import Generation, self_generate, self_generate_parallel
 
@@ -50,16 +51,15 @@ def convert(config: TrainConfig) -> TidarModel:
     device = model.network.device
     module = Conversion(
         model.network,
-        LossWeights(config.ar_weight, config.diffusion_weight, config.marginal_weight, config.teacher_temperature),
+        loss_options(config),
         compiled=device.type == "cuda" if config.compiled is None else config.compiled,
-        recompute=config.recompute_logits,
+        gradient_checkpointing=config.gradient_checkpointing,
     )
-    blocks = config.anchors or max(1, config.sequence_length // config.block_size)
     trainer = ConversionTrainer(
         model=module,
         args=_arguments(config, device),
         train_dataset=packed,
-        data_collator=partial(collate, blocks=blocks),
+        data_collator=partial(collate_blocks, block_draw(config)),
         callbacks=[_StopOnInterrupt()],
     )
     started = time.time()
@@ -75,6 +75,23 @@ def convert(config: TrainConfig) -> TidarModel:
         model.save_pretrained(config.output)
         (config.output / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     return model
+
+
+def loss_options(config: TrainConfig) -> LossOptions:
+    return LossOptions(
+        ar=config.ar_weight,
+        diffusion=config.diffusion_weight,
+        marginal=config.marginal_weight,
+        teacher_temperature=config.teacher_temperature,
+        loss=config.chosen("loss"),
+        position_weights=config.chosen("position_weights"),
+        decay_gamma=config.decay_gamma,
+    )
+
+
+def block_draw(config: TrainConfig) -> BlockDraw:
+    tiled, random = config.chosen("anchor_mode") == "tiled", config.chosen("masking") == "random"
+    return BlockDraw(config.block_size, config.anchors, tiled, random)
 
 
 def _refuse_non_finite(module: Conversion) -> None:
@@ -101,10 +118,12 @@ def install_conversion(config: TrainConfig, model: TidarModel) -> None:
     if config.objective == "lossless":
         spec = DrafterSpec(config.rank, config.alpha, config.target_modules, config.sampler_width)
         network.drafter = Drafter(network.lm, spec)
-        network.config = TidarConfig(block_size=config.block_size)
     else:
-        network.config = TidarConfig(config.block_size, "paper", free_mask_token(model))
         network.lm.requires_grad_(True)
+    mask = free_mask_token(model) if config.objective in ("paper", "block-diffusion") else None
+    network.config = TidarConfig(
+        config.block_size, cast(Objective, config.objective), mask, cast(BlockAttention, config.block_attention)
+    )
     probe(config.model, network)
 
 
@@ -207,7 +226,7 @@ def _arguments(config: TrainConfig, device: torch.device) -> TrainingArguments:
         adam_beta2=0.95,
         weight_decay=0.0,
         max_grad_norm=1.0,
-        bf16=device.type == "cuda" and config.objective == "paper",
+        bf16=device.type == "cuda" and config.objective != "lossless",
         use_cpu=device.type == "cpu",
         logging_steps=config.log_every,
         logging_nan_inf_filter=False,
