@@ -14,7 +14,7 @@ from tidar.decode.step import Plan
 from tidar.model.gated_lora import GatedLinear
 from tidar.model.network import Network
 from tidar.train.callbacks import describe, flat
-from tidar.train.conversion import Conversion, decoder_layers
+from tidar.train.conversion import Conversion, LossOptions, decoder_layers
 from tidar.train.convert import convert
 from tidar.train.measure import measure
 from tidar.train.throughput import model_flops, peak_flops
@@ -66,6 +66,29 @@ def test_it_leaves_training_as_it_was():
     assert network.fused is None
     assert network.runner is None
     assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_layers_still_run_again_after_a_measurement():
+    network = tiny_network("llama")
+    module = Conversion(network, gradient_checkpointing=True).train()
+    measure(module, PROMPTS, [4], Limits(4))
+    runs = []
+    network.backbone.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+    module(**batch_of(16, 2))["loss"].backward()
+    assert len(runs) == 2
+
+
+@pytest.mark.parametrize("objective", ["ar", "paper", "block-diffusion"])
+def test_each_term_is_in_the_log_by_itself(objective):
+    network = Network(tiny_lm("llama").requires_grad_(True), config=TidarConfig(4, objective, mask_token_id=96))
+    module, batch = Conversion(network, LossOptions(1.0, 3.0, loss="hard", position_weights="uniform")), batch_of(16, 2)
+    losses = [module(**batch)["loss"].item() for _ in range(2)]
+    metrics = module.pop_metrics()
+    ar, diffusion = metrics.get("ar_cross_entropy", 0), metrics.get("cross_entropy", 0)
+    wanted = {"ar": ar, "paper": (ar + 3 * diffusion) / 4, "block-diffusion": diffusion}[objective]
+    assert losses[0] == losses[1] == pytest.approx(wanted, abs=1e-3)
+    assert ("ar_cross_entropy" in metrics, "match" in metrics) == (objective != "block-diffusion", objective != "ar")
+    assert module.pop_metrics() == {}
 
 
 @pytest.mark.parametrize("objective", ["lossless", "paper"])
@@ -147,17 +170,17 @@ def counted_flops(module, batch):
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("objective", ["lossless", "paper"])
+@pytest.mark.parametrize("objective", ["lossless", "paper", "ar", "block-diffusion"])
 def test_model_flops_are_what_torch_counts(objective):
     """But for attention, which torch does not count on a CPU; and the backward of frozen clean tokens is no model work,
     though it is done: they share tensors with the masks."""
     length, blocks = 64, 8
     batch = batch_of(length, blocks)
-    if objective == "paper":
-        network = Network(tiny_lm("llama").requires_grad_(True), config=TidarConfig(4, "paper", mask_token_id=96))
+    if objective != "lossless":
+        network = Network(tiny_lm("llama").requires_grad_(True), config=TidarConfig(4, objective, mask_token_id=96))
     else:
         network = tiny_network("llama")
-    module = Conversion(network, recompute=False)
+    module = Conversion(network)
     counted = counted_flops(module, batch)
     if objective == "lossless":
         linears = [m for layer in decoder_layers(network) for m in layer.modules() if isinstance(m, GatedLinear)]
@@ -166,8 +189,8 @@ def test_model_flops_are_what_torch_counts(objective):
     network.lm.config.num_attention_heads = 0
     without = model_flops(module, length, blocks)
     assert without == pytest.approx(counted, rel=0.02)
-    pairs = length * length / 2, 4 * (blocks if objective == "lossless" else 15) * (length / 2 + 4)
-    passes = (3, 3) if objective == "paper" else (1, 2)
+    pairs = length * length / 2, 4 * (blocks if objective != "ar" else 0) * (length / 2 + 4)
+    passes = (1, 2) if objective == "lossless" else (3, 3)
     attention = sum(4 * 32 * 2 * n * times for n, times in zip(pairs, passes, strict=True))
     assert with_attention - without == pytest.approx(attention)
 

@@ -140,7 +140,7 @@ def test_the_exported_weights_are_those_of_one_process(name, objective, runs):
 def test_the_curve_counts_what_all_processes_did(name, objective, runs):
     """Match rates are sums over ranks, and prompts are shared out to be measured."""
     for wanted, got in zip(curve(runs[objective]["one"]), curve(runs[objective][name]), strict=True):
-        for key in ("match", "cross_entropy", "tokens_per_forward_k4", "acceptance_k4"):
+        for key in ("match", "cross_entropy", "ar_cross_entropy", "tokens_per_forward_k4", "acceptance_k4"):
             if key in wanted:
                 assert got[key] == pytest.approx(wanted[key], abs=2e-3), key
     assert sum("tokens_per_forward_k4" in row for row in curve(runs[objective]["one"])) == 3

@@ -75,6 +75,7 @@ BAD = {
     "an empty address": ("data: 'hf:'", "c.yaml: data is hf:, but hf: is no data set"),
     "no prompts to measure": ("measure-prompts: none.jsonl", "measure-prompts is none.jsonl, which does not exist"),
     "measuring nothing": ("measure-every: 5", "c.yaml: measure-every is 5, but must be 0 without measure-prompts"),
+    "measuring no drafts": ("objective: ar\nmeasure-prompts: rows.jsonl", "objective 'ar' trains no drafts"),
     "reporter": ("report-to: wandb", "c.yaml: report-to is wandb, but must be one of none, tensorboard, trackio"),
     "no checkpoint": ("resume: nowhere", "c.yaml: resume is nowhere, which is no checkpoint"),
     "objective": ("objective: magic", "c.yaml: objective is 'magic'"),
@@ -163,10 +164,10 @@ def test_a_launcher_that_was_told_to_shard_is_heard_and_kept_from_it(monkeypatch
 def test_the_command_takes_a_file(tmp_path, data, monkeypatch):
     seen = []
     monkeypatch.setattr("tidar.cli.train.convert", seen.append)
-    file = write(tmp_path / "c.yaml", model="m", output=tmp_path / "o", data=str(data), recompute_logits=False)
+    file = write(tmp_path / "c.yaml", model="m", output=tmp_path / "o", data=str(data), with_base=True)
     monkeypatch.setattr("sys.argv", ["tidar", "train", str(file), "--steps", "4", "--fsdp"])
     with pytest.raises(SystemExit) as exit_:
         main.main()
     assert exit_.value.code == 0
     (config,) = seen
-    assert (config.steps, config.fsdp, config.recompute_logits) == (4, True, False)
+    assert (config.steps, config.fsdp, config.with_base) == (4, True, True)

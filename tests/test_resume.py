@@ -3,6 +3,7 @@
 import json
 import random
 import signal
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tidar import TidarError
+from tidar.train.blocks import BlockDraw, collate_blocks
 from tidar.train.conversion import Conversion
 from tidar.train.convert import convert
 from tidar.train.data import collate, pack
@@ -168,6 +170,17 @@ def test_a_place_has_its_row_and_anchors_whatever_came_before():
         assert torch.equal(tensor[0], together[name][1]), name
     assert not torch.equal(together["anchors"][0], together["anchors"][1])
     assert not torch.equal(batch(Stream(packed, 2, 9, 5), 1)["anchors"], alone["anchors"])
+
+
+@pytest.mark.parametrize(("tiled", "budget"), [(False, 4), (True, 0), (True, 3)])
+def test_shown_tokens_and_chosen_tiles_are_a_function_of_the_place(tiled, budget):
+    packed = pack(Samples.of(Sample.after(range(30), 4) for _ in range(12)), 32)
+    draw = partial(collate_placed, BlockDraw(4, budget, tiled, random=True))
+    both = [collate_blocks(draw, [Stream(packed, 1, 0, 20)[p] for p in places]) for places in ((9, 10), (10, 11))]
+    for name in both[0]:
+        assert torch.equal(both[0][name][1], both[1][name][0]), name
+    assert not torch.equal(both[0]["shown"][0], both[0]["shown"][1])
+    assert ("anchors" in both[0]) == bool(budget)
 
 
 def test_the_curve_is_in_the_record_of_the_whole_run(folder, data, tmp_path):

@@ -11,15 +11,14 @@ from tidar.layout import prefill_layout
 from tidar.model.drafter import PEFT_PREFIX
 from tidar.model.network import Network
 from tidar.train.config import TrainConfig
-from tidar.train.conversion import Conversion, LossWeights
+from tidar.train.conversion import Conversion, LossOptions
 from tidar.train.convert import convert
 from tidar.train.data import collate, pack
 from tidar.train.objective import (
     acceptance_weights,
-    chunked,
     hard_cross_entropy,
     paper_loss,
-    soft_cross_entropy,
+    token_terms,
 )
 from tidar.train.prepare import model_card
 from tidar.train.samples import Sample, Samples, load_samples
@@ -153,31 +152,6 @@ def test_anchors_stand_before_answers_with_something_to_guess():
             assert batch["documents"][0, anchor] == batch["documents"][0, anchor + 2]
 
 
-def test_chunks_change_neither_loss_nor_gradient():
-    head = torch.nn.Linear(8, 19)
-    student, teacher = torch.randn(23, 8, requires_grad=True), torch.randn(23, 8)
-    results = []
-    for chunk, recompute in ((100, False), (7, False), (7, True)):
-        terms = chunked(
-            lambda s, t: tuple(soft_cross_entropy(head(s), head(t).detach())), chunk, recompute, student, teacher
-        )
-        (gradient,) = torch.autograd.grad(terms[0].sum(), student)
-        results.append([*terms, gradient])
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            torch.testing.assert_close(a, b)
-
-
-def test_soft_cross_entropy_is_its_definition():
-    student, teacher = torch.randn(5, 11), torch.randn(5, 11)
-    terms = soft_cross_entropy(student, teacher)
-    p, q = teacher.softmax(-1), student.softmax(-1)
-    torch.testing.assert_close(terms.loss, -(p * q.log()).sum(-1))
-    torch.testing.assert_close(terms.overlap, torch.minimum(p, q).sum(-1))
-    same = soft_cross_entropy(teacher, teacher)
-    torch.testing.assert_close(same.overlap, torch.ones(5))
-
-
 def test_acceptance_weights_are_the_gradient_of_the_expected_length():
     overlap = torch.rand(3, 6)
     weights = acceptance_weights(overlap, torch.ones(3, 6, dtype=torch.bool))
@@ -239,10 +213,15 @@ def block_states(network, text):
     return network(text[None], prefill_layout(length, len(text), network.config.block_size))[0, len(text) :]
 
 
+def soft_terms(student, teacher, label, temperature):
+    terms = token_terms(student[None], teacher[None], label[None], "soft", temperature)
+    return type(terms)(*(x[0] for x in terms))
+
+
 @pytest.mark.parametrize("sampler_head", [True, False])
 @torch.no_grad()
 def test_the_lossless_loss_is_a_double_loop_over_anchors_and_masks(sampler_head):
-    network, weights = tiny_network("llama"), LossWeights(marginal=0.3, teacher_temperature=0.7)
+    network, weights = tiny_network("llama"), LossOptions(marginal=0.3, teacher_temperature=0.7)
     if not sampler_head:
         network.drafter.sampler_head = None
     block, total, count = network.config.block_size, 0.0, 0
@@ -254,11 +233,12 @@ def test_the_lossless_loss_is_a_double_loop_over_anchors_and_masks(sampler_head)
                 0, -1
             ]  # what the AR model says at anchor + m - 1
             drafted = network.head(states[m - 1])
-            terms = soft_cross_entropy(drafted, teacher, 0.7)
+            label = text[anchor + m]
+            terms = soft_terms(drafted, teacher, label, 0.7)
             if sampler_head:
                 before = network.embed(text[anchor + 1 : anchor + m])
                 rescored = network.drafter.sampler_head(states[None, :m], before[None])[0, -1]
-                marginal, terms = terms, soft_cross_entropy(network.head(rescored), teacher, 0.7)
+                marginal, terms = terms, soft_terms(network.head(rescored), teacher, label, 0.7)
             if counted:
                 accepted[m] = 0.5 * terms.overlap + 0.5
                 losses[m] = terms.loss + (0.3 * marginal.loss if sampler_head else 0)
@@ -288,7 +268,9 @@ def test_the_papers_loss_is_two_means_over_answers():
             hard_cross_entropy(logits[m - 1][None], text[anchor + m][None]) for m, counted in targets if counted
         ]
     wanted = (torch.cat(ar).mean() + 3 * torch.cat(diffusion).mean()) / 4
-    torch.testing.assert_close(Conversion(network, LossWeights(1.0, 3.0))(**MIXED)["loss"], wanted)
+    options = LossOptions(1.0, 3.0, loss="hard", position_weights="uniform")
+    batch = {name: value for name, value in MIXED.items() if name != "anchors"}
+    torch.testing.assert_close(Conversion(network, options)(**batch)["loss"], wanted)
 
 
 def test_accumulating_batches_is_the_same_as_one_batch(folder, tmp_path):

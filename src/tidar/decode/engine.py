@@ -133,6 +133,11 @@ class Engine:
         self.network, self.tokenizer = network, tokenizer
         self.runner = runner  # None: the network's own, which fuses its weights
         self.planner = Fixed(plan) if isinstance(plan, Plan) else plan
+        if network.config is not None and network.config.objective == "block-diffusion":
+            raise TidarError(
+                "this is a block-diffusion model, trained without an autoregressive term: neither mode 'tidar' nor "
+                "'ar' decodes it; for those, convert its base with --objective lossless or paper"
+            )
         if self.planner.longest.drafting and not network.can_draft:
             raise TidarError("this model has no drafter: convert it with `tidar train`, or decode with mode 'ar'")
 

@@ -5,10 +5,23 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from tidar.train.config import DRAFTING
+
 OBJECTIVES = {
     "lossless": "a drafter was trained; the base model's weights are unchanged",
     "paper": "all weights were trained with the loss of TiDAR (arXiv 2511.08923)",
+    "ar": "plain fine-tuning, for comparison",
+    "block-diffusion": "all weights were trained without an autoregressive term (arXiv 2503.09573), for comparison",
 }
+
+USE = """It drafts by one-step masked diffusion and verifies autoregressively in the same forward pass:
+
+```python
+from tidar import TidarModel
+
+m = TidarModel.from_pretrained("FOLDER")
+print(m.generate("Hello").text)
+```"""
 
 
 def card(record: dict[str, Any]) -> str:
@@ -35,9 +48,7 @@ def card(record: dict[str, Any]) -> str:
     parts = [
         "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in front.items()) + "---",
         f"# TiDAR conversion of {summary['base']}",
-        "It drafts by one-step masked diffusion and verifies autoregressively in the same forward pass:\n\n"
-        '```python\nfrom tidar import TidarModel\n\nm = TidarModel.from_pretrained("FOLDER")\n'
-        'print(m.generate("Hello").text)\n```',
+        USE if options["objective"] in DRAFTING else "It drafts nothing: it was made to be compared with.",
         "## Measured\n\n" + _measured(record),
         "## How it was made\n\n" + _table(("", ""), rows),
         f"```\n{record['command']}\n```\n\n[training.json](training.json) has all options, the curve and the "

@@ -6,17 +6,32 @@ import math
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
-from tidar.config import MAX_DRAFT, TidarConfig
+from tidar.config import MAX_DRAFT, BlockAttention, Objective, TidarConfig, require_choice
 from tidar.errors import TidarError
 from tidar.sources import HUB, hub_source, local_files
 
+DRAFTING = ("lossless", "paper")
 COUNTS = (
     *("steps", "batch_size", "accumulate", "sequence_length", "log_every", "rank"),
     *("answers_per_prompt", "answer_tokens", "keep_checkpoints", "measure_count", "measure_tokens"),
 )
 REPORTERS = ("none", "tensorboard", "trackio")
+
+CHOICES = {
+    "loss": ("soft", "hard", "lk"),
+    "position_weights": ("acceptance", "accept-until-fail", "decay", "uniform"),
+    "masking": ("full", "random"),
+    "anchor_mode": ("random", "tiled"),
+}
+PAPER = {"loss": "hard", "position_weights": "uniform", "masking": "full", "anchor_mode": "tiled"}
+BLOCK_DIFFUSION = {**PAPER, "masking": "random", "block_attention": "bidirectional"}
+DEFAULTS = {
+    "lossless": {"loss": "soft", "position_weights": "acceptance", "masking": "full", "anchor_mode": "random"},
+    "paper": PAPER,
+    "block-diffusion": BLOCK_DIFFUSION,
+}
 
 
 @dataclass
@@ -34,7 +49,31 @@ class TrainConfig:
     skip_bad_rows: Annotated[bool, "Count and report unreadable rows instead of stopping at the first."] = False
     row_limit: Annotated[int | None, "Most rows to take of each source."] = None
     stream: Annotated[bool, "Take rows of hf: data sets as they arrive instead of downloading them first."] = False
-    objective: Annotated[str, "'lossless' (gated drafter, base frozen) or 'paper' (all weights)."] = "lossless"
+    objective: Annotated[
+        str,
+        "'lossless' (gated drafter, base frozen), 'paper' (all weights); for comparison, without drafts: 'ar' (plain "
+        "fine-tuning), 'block-diffusion' (no AR term).",
+    ] = "lossless"
+    loss: Annotated[
+        str | None,
+        "Loss of the masks: 'soft' (cross-entropy to the AR model), 'hard' (to the data) or 'lk' (acceptance itself) "
+        "[default: soft lossless, else hard].",
+    ] = None
+    position_weights: Annotated[
+        str | None,
+        "What a block's positions count: 'acceptance' (as reached), 'accept-until-fail', 'decay' or 'uniform' "
+        "[default: acceptance lossless, else uniform].",
+    ] = None
+    decay_gamma: Annotated[float, "Positions over which 'decay' falls to a third."] = 4.0
+    masking: Annotated[
+        str | None, "'full' (all masks) or 'random' (some tokens shown) [default: full; random for block-diffusion]."
+    ] = None
+    block_attention: Annotated[str, "'bidirectional' inside a block, or 'causal': a mask sees the earlier ones."] = (
+        "bidirectional"
+    )
+    anchor_mode: Annotated[
+        str | None, "Where blocks start: 'random', before answers, or 'tiled' [default: random lossless, else tiled]."
+    ] = None
     block_size: Annotated[int, "K, tokens in a mask block."] = 8
     rank: Annotated[int, "LoRA rank of the drafter."] = 32
     alpha: Annotated[float, "LoRA alpha; scaling is alpha / rank."] = 64.0
@@ -45,13 +84,15 @@ class TrainConfig:
     ar_weight: Annotated[float, "Weight of the AR term (paper)."] = 1.0
     diffusion_weight: Annotated[float, "Weight of the diffusion term (paper)."] = 1.0
     marginal_weight: Annotated[float, "Weight of the masks' own loss beside the sampler head's."] = 0.3
-    teacher_temperature: Annotated[float, "Below 1 sharpens the soft targets (lossless)."] = 1.0
+    teacher_temperature: Annotated[float, "Below 1 sharpens the soft targets."] = 1.0
     self_generate: Annotated[bool, "Let the base model answer the prompts in the data."] = True
     answers: Annotated[Path | None, "File for the encoded samples; read instead, if it exists."] = None
     answers_per_prompt: Annotated[int, "Answers generated for each prompt."] = 1
     answer_tokens: Annotated[int, "Longest generated answer."] = 256
     temperatures: Annotated[
-        list[float] | None, "Temperature of generated answers; prompts go round them (repeatable).", "--temperature"
+        list[float] | None,
+        "Temperature of generated answers; prompts go round them (repeatable) [default: 0, 0.5, 0.8, 1].",
+        "--temperature",
     ] = None
     generation_batch: Annotated[int, "Answers generated together; 0 for as many as memory allows."] = 0
     generation_minutes: Annotated[float | None, "Stop generating after about this long."] = None
@@ -59,7 +100,7 @@ class TrainConfig:
     batch_size: Annotated[int, "Rows a step and device."] = 8
     accumulate: Annotated[int, "Batches a step."] = 1
     sequence_length: Annotated[int, "Tokens in a packed row."] = 512
-    anchors: Annotated[int, "Random mask blocks a row; 0 for sequence length / block size."] = 0
+    anchors: Annotated[int, "Mask blocks a row; 0 for sequence length / block size."] = 0
     learning_rate: Annotated[float | None, "Peak rate [default: 2e-3 lossless, 1e-5 paper]."] = None
     min_learning_rate: Annotated[float, "Where the cosine ends."] = 0.0
     warmup: Annotated[int, "Warm-up steps, at most a tenth of all."] = 50
@@ -82,7 +123,6 @@ class TrainConfig:
     seed: Annotated[int, "Random seed."] = 0
     device: Annotated[str | None, "Torch device [default: the GPU if there is one]."] = None
     compiled: Annotated[bool | None, "torch.compile the layers [default: on a GPU]."] = None
-    recompute_logits: Annotated[bool, "Save memory by making logits twice.", "--recompute-logits/--keep-logits"] = True
 
     @property
     def peak_rate(self) -> float:
@@ -101,10 +141,23 @@ class TrainConfig:
         """Folder of what a run can be continued from."""
         return self.output / "checkpoints"
 
+    def chosen(self, name: str) -> str:
+        """The value of one of CHOICES: the user's, or what the objective is known by."""
+        value = getattr(self, name)
+        return value or DEFAULTS.get(self.objective, DEFAULTS["paper"])[name]
+
     def check(self) -> None:
         """Raise TidarError for options that cannot be meant, before anything is loaded or generated."""
-        if self.objective not in ("lossless", "paper"):
-            raise TidarError(f"objective is {self.objective!r}, but must be 'lossless' or 'paper'")
+        require_choice("objective", self.objective, get_args(Objective))
+        require_choice("block-attention", self.block_attention, get_args(BlockAttention))
+        for name, choices in CHOICES.items():
+            require_choice(name.replace("_", "-"), self.chosen(name), choices)
+        if self.objective == "block-diffusion":
+            for name, only in BLOCK_DIFFUSION.items():
+                value = self.chosen(name) if name in CHOICES else getattr(self, name)
+                if value != only:
+                    field_name = name.replace("_", "-")
+                    raise TidarError(f"{field_name} is {value!r}, but objective 'block-diffusion' is {only!r}")
         TidarConfig(self.block_size)
         for name in COUNTS:
             self._require(name, getattr(self, name) >= 1, "at least 1")
@@ -112,7 +165,7 @@ class TrainConfig:
             self._require(name, getattr(self, name) >= 0, "at least 0")
         for name in ("ar_weight", "diffusion_weight", "marginal_weight"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "a finite number, at least 0")
-        for name in ("alpha", "teacher_temperature", "generation_minutes", "learning_rate"):
+        for name in ("alpha", "teacher_temperature", "decay_gamma", "generation_minutes", "learning_rate"):
             value = getattr(self, name)
             self._require(name, value is None or 0 < value < math.inf, "a finite number above 0")
         self._require("anchors", 0 <= self.anchors <= self.sequence_length, "between 0 and the sequence length")
@@ -150,6 +203,8 @@ class TrainConfig:
             self._require("measure_every", not self.measure_every, "0 without measure-prompts")
         else:
             _require_source("measure-prompts", self.measure_prompts)
+            if self.objective not in DRAFTING:
+                raise TidarError(f"measure-prompts is given, but objective {self.objective!r} trains no drafts")
         wrong = [k for k in self.measure_draft_lengths if not 2 <= k <= MAX_DRAFT]
         self._require("measure_draft_lengths", not wrong, f"between 2 and {MAX_DRAFT} each")
 

@@ -8,7 +8,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -16,7 +16,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from tidar.api import TidarModel
-from tidar.config import TidarConfig
+from tidar.config import BlockAttention, Objective, TidarConfig
 from tidar.decode.engine import Limits
 from tidar.errors import TidarError
 from tidar.model import hub
@@ -26,7 +26,7 @@ from tidar.sources import BadRows, Reading, source_name
 from tidar.train.card import card
 from tidar.train.checkpoint import Cursor, digest
 from tidar.train.config import TrainConfig
-from tidar.train.conversion import Conversion, LossWeights
+from tidar.train.conversion import Conversion, LossOptions
 from tidar.train.data import Packed, pack
 from tidar.train.measure import measure, read_measure_prompts
 from tidar.train.prepare import Sources, answer_prompts, encode_given, model_card, packed_facts, report_packed
@@ -36,7 +36,6 @@ from tidar.train.selfgen import TEMPERATURES, Generation
 from tidar.train.shard import named_once, shard, trained_weights
 from tidar.train.trainer import (
     ConversionTrainer,
-    checkpoint_layers,
     join_processes,
     last_checkpoint,
     launcher_shards,
@@ -95,15 +94,24 @@ def convert(config: TrainConfig) -> TidarModel:
 
 def prepare_module(config: TrainConfig, model: TidarModel) -> Conversion:
     """The module that trains the model's network."""
-    module = Conversion(
+    return Conversion(
         model.network,
-        LossWeights(config.ar_weight, config.diffusion_weight, config.marginal_weight, config.teacher_temperature),
+        loss_options(config),
         compiled=model.network.device.type == "cuda" if config.compiled is None else config.compiled,
-        recompute=config.recompute_logits,
+        gradient_checkpointing=config.gradient_checkpointing,
     )
-    if config.gradient_checkpointing:
-        checkpoint_layers(module)
-    return module
+
+
+def loss_options(config: TrainConfig) -> LossOptions:
+    return LossOptions(
+        ar=config.ar_weight,
+        diffusion=config.diffusion_weight,
+        marginal=config.marginal_weight,
+        teacher_temperature=config.teacher_temperature,
+        loss=config.chosen("loss"),
+        position_weights=config.chosen("position_weights"),
+        decay_gamma=config.decay_gamma,
+    )
 
 
 def _checkpoint(config: TrainConfig) -> Path | None:
@@ -183,10 +191,12 @@ def install_conversion(config: TrainConfig, model: TidarModel) -> None:
     if config.objective == "lossless":
         spec = DrafterSpec(config.rank, config.alpha, config.target_modules, config.sampler_width)
         network.drafter = Drafter(network.lm, spec)
-        network.config = TidarConfig(block_size=config.block_size)
     else:
-        network.config = TidarConfig(config.block_size, "paper", free_mask_token(model))
         network.lm.requires_grad_(True)
+    mask = free_mask_token(model) if config.objective in ("paper", "block-diffusion") else None
+    network.config = TidarConfig(
+        config.block_size, cast(Objective, config.objective), mask, cast(BlockAttention, config.block_attention)
+    )
     probe(config.model, network)
 
 

@@ -108,8 +108,9 @@ def decoding(module: Conversion) -> Iterator[None]:
     compiled = [layer._compiled_call_impl for layer in layers]
     gpus = [module.network.device] if module.network.device.type == "cuda" else []
     with torch.random.fork_rng(gpus), gathered(module):
-        module.uncompile()
-        module.eval()
+        for layer in layers:
+            layer._compiled_call_impl = None
+        module.eval()  # which keeps activations, too
         try:
             yield
         finally:

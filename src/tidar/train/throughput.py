@@ -37,15 +37,16 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for part, peak in PEAK_BF16.items() if part in name), None)
 
 
-def model_flops(module: Conversion, length: int, anchors: int) -> float:
-    """Floating-point operations that one row of `length` clean tokens needs, forward and backward.
+def model_flops(module: Conversion, length: int, blocks: int) -> float:
+    """Floating-point operations that one row of `length` clean tokens and `blocks` blocks needs, both ways.
 
     A product with W weights costs 2 W a token. S clean tokens, M mask tokens, N backbone weights in linear layers, V H
     the output embedding, A(x) the attention of x tokens: 4 x width operations for each visible key, in each layer;
     a clean token sees S / 2 keys, a mask S / 2 + K (packed documents are not told apart).
 
     - paper: all weights train, so everything counts three times (forward, gradient of inputs, gradient of weights):
-      3 (2 N + 2 V H) (S + M) + 3 A(S + M), with M of about S: twice the usual 6 N a clean token.
+      3 (2 N + 2 V H) (S + M) + 3 A(S + M). With all tiles M is about S: twice the usual 6 N a clean token. A term of
+      weight 0 needs no output embedding. ar: the same with M = 0; block-diffusion: the same without the AR term.
     - lossless: clean tokens need a forward only, 2 N S + A(S). Masks need forward and the gradient of inputs, as the
       base is frozen, 2 (2 N M + A(M)), and three times the drafter's own weights. The output embedding is used once
       for the teacher, without a backward, and twice for each student (the masks; with a sampler head, its states too).
@@ -55,16 +56,16 @@ def model_flops(module: Conversion, length: int, anchors: int) -> float:
     network = module.network
     text = network.lm.config.get_text_config()
     block, drafter = module.block_size, network.drafter
-    paper = drafter is None
-    masks = max(0, length - block) // block * block if paper else anchors * block
+    masks = 0 if module.objective == "ar" else blocks * block
     head = text.vocab_size * text.hidden_size
     own = _adapter_weights(drafter)
     linear = sum(m.weight.numel() for m in network.backbone.modules() if isinstance(m, nn.Linear)) - own.lora
     width = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     attend = 4 * width * text.num_hidden_layers
     clean_attention, mask_attention = attend * length * length / 2, attend * masks * (length / 2 + block)
-    if paper:
-        return 3 * (2 * (linear + head) * (length + masks) + clean_attention + mask_attention)
+    if module.objective != "lossless":
+        judged = sum(tokens for tokens, weight in zip((length, masks), module.term_weights, strict=True) if weight)
+        return 3 * (2 * linear * (length + masks) + 2 * head * judged + clean_attention + mask_attention)
     students = 1 if own.sampler == 0 else 2
     return (
         2 * linear * length

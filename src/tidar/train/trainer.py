@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -20,11 +18,11 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.training_args import ParallelMode
 
+from tidar.train.blocks import BlockDraw, collate_blocks
 from tidar.train.callbacks import MeasureEvery, ProgressLine, SaveEvery, StopOnSignal, flat
 from tidar.train.checkpoint import Cursor, load_state, save_state
 from tidar.train.config import TrainConfig
 from tidar.train.conversion import Conversion
-from tidar.train.data import collate
 from tidar.train.measure import Measurement
 from tidar.train.stream import Rows, Stream, collate_placed
 from tidar.train.throughput import model_flops, peak_flops, peak_memory
@@ -57,19 +55,20 @@ class ConversionTrainer(Trainer):
         self.config, self.cursor, self.done = config, cursor, done
         self.batch_rows = config.batch_size * config.accumulate * arguments.world_size
         self.stream = Stream(rows, config.seed, cursor.consumed, (config.steps - done) * self.batch_rows)
-        blocks = config.anchors or max(1, config.sequence_length // config.block_size)
+        draw = block_draw(config)
         super().__init__(
             model=module,
             args=arguments,
             train_dataset=self.stream,
-            data_collator=partial(collate_placed, partial(collate, blocks=blocks)),
+            data_collator=partial(collate_blocks, partial(collate_placed, draw)),
             callbacks=[SaveEvery(config.save_every), MeasureEvery(config.measure_every, self._measure), StopOnSignal()],
         )
         for printing in (PrinterCallback, ProgressCallback):
             self.remove_callback(printing)
         self.add_callback(ProgressLine())
         self.measure, self.measured = measure, list[Measurement]()
-        self.flops, self.peak = model_flops(module, config.sequence_length, blocks), peak_flops(arguments.device)
+        length = config.sequence_length
+        self.flops, self.peak = model_flops(module, length, draw.count(length)), peak_flops(arguments.device)
         self._rng_from: str | None = None
         self._logged_at, self._logged_step = time.perf_counter(), done
         if sharded:  # accelerate would wrap it in DDP, unless it is only to be evaluated
@@ -100,14 +99,6 @@ class ConversionTrainer(Trainer):
             super()._load_rng_state(self._rng_from)
             self._rng_from = None
         return samples
-
-    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of a batch; the gate stays open until the end, for layers that run again."""
-        module: Conversion = self.accelerator.unwrap_model(model)
-        drafter = module.network.drafter
-        gate = nullcontext() if drafter is None else drafter.gate.opened(inputs["input_ids"].shape[1])
-        with gate:
-            return super().training_step(model, inputs, num_items_in_batch)
 
     @property
     def consumed(self) -> int:
@@ -195,6 +186,11 @@ def _decoded(measured: Measurement) -> dict[str, Any]:
     }
 
 
+def block_draw(config: TrainConfig) -> BlockDraw:
+    tiled, random = config.chosen("anchor_mode") == "tiled", config.chosen("masking") == "random"
+    return BlockDraw(config.block_size, config.anchors, tiled, random)
+
+
 def arguments_of(config: TrainConfig, device: torch.device) -> TrainingArguments:
     """The Trainer's options; without a launcher it trains on `device` and nowhere else."""
     if config.report_to == "tensorboard":
@@ -232,7 +228,7 @@ def arguments_of(config: TrainConfig, device: torch.device) -> TrainingArguments
 
 def trains_in_bf16(config: TrainConfig, device: torch.device) -> bool:
     """Whether float32 masters train in mixed precision; a frozen base is bfloat16 itself."""
-    return device.type == "cuda" and config.objective == "paper"
+    return device.type == "cuda" and config.objective != "lossless"
 
 
 def pin(arguments: TrainingArguments, device: torch.device) -> None:
@@ -242,13 +238,6 @@ def pin(arguments: TrainingArguments, device: torch.device) -> None:
         torch.cuda.set_device(device)  # accelerate moves things to "cuda", the current one
     arguments.__dict__["_setup_devices"] = device  # its cached property
     arguments._n_gpu = min(arguments.n_gpu, 1)
-
-
-def checkpoint_layers(module: Conversion) -> None:
-    """Gradient checkpointing of the decoder layers; see `ConversionTrainer.training_step`."""
-    with warnings.catch_warnings():  # the name that transformers 5.23 wants instead is unknown to older versions
-        warnings.simplefilter("ignore", FutureWarning)
-        module.network.lm.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def join_processes(device: str | None) -> bool:
