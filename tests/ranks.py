@@ -11,7 +11,7 @@ from tidar.train.config import TrainConfig
 from tidar.train.convert import convert
 
 torch.set_num_threads(1)
-faulthandler.dump_traceback_later(200, exit=True)  # before the test gives up on a process that waits for the other
+faulthandler.dump_traceback_later(200, exit=True)  # should both wait for each other
 PATHS = ("output", "measure_prompts")
 for given in json.loads(Path(sys.argv[1]).read_text()):
     paths = {name: Path(given[name]) for name in PATHS if given.get(name)}

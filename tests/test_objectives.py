@@ -24,6 +24,7 @@ from tidar.decode.cache import RowCache
 from tidar.layout import Layout, block_causal_layout, chain_layout, prefill_layout, step_layout, tiled_anchors
 from tidar.model.attention import NAME
 from tidar.model.drafter import Drafter, DrafterSpec
+from tidar.model.gated_lora import GatedLinear
 from tidar.model.network import MASKED, Network
 from tidar.train import objective as objectives
 from tidar.train.blocks import BlockDraw, collate_blocks
@@ -545,6 +546,27 @@ def test_gradients_of_parts_add_up_to_those_of_the_batch(objective, losses, bloc
         assert any(g is not None and g.abs().max() > 0 for g in sums[-1])
     for whole, parts in zip(*sums, strict=True):
         close(whole, parts, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("targets", [None, ["q_proj", "down_proj"]])
+def test_cutting_clean_tokens_off_changes_no_gradient(targets, monkeypatch):
+    """Against a layer that lets autograd find out for itself."""
+
+    def plain(self: GatedLinear, x: Tensor) -> Tensor:
+        y, start = F.linear(x, self.weight, self.bias), self.gate.start
+        delta = F.linear(F.linear(x[:, start:], self.lora_A.weight), self.lora_B.weight) * self.scaling
+        return torch.cat((y[:, :start], y[:, start:] + delta), 1)
+
+    results = []
+    for forward in (GatedLinear.forward, plain):
+        monkeypatch.setattr(GatedLinear, "forward", forward)
+        network = tiny_network("llama", block_size=K, targets=targets)
+        loss = Conversion(network)(**BATCH)["loss"]
+        loss.backward()
+        results.append([loss, *(p.grad for p in network.parameters() if p.requires_grad)])
+    assert len(results[0]) > 8
+    for cut, whole in zip(*results, strict=True):
+        close(cut, whole)
 
 
 @every_objective

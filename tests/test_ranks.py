@@ -2,9 +2,12 @@
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,32 +25,40 @@ STEPS = 6
 pytestmark = pytest.mark.xdist_group("ranks")  # one worker: the runs are made once
 
 
+def free_port():
+    """Not one that the system hands to others: it would have to stay free until a process listens."""
+    while True:
+        with socket.socket() as found, suppress(OSError):
+            found.bind(("127.0.0.1", random.randrange(20_000, 30_000)))
+            return found.getsockname()[1]
+
+
 def run_two(configs, folder):
     """Run conversions one after the other in two processes."""
     file = folder / "configs.json"
     file.write_text(json.dumps([asdict(config) for config in configs], default=str))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     here = str(Path(__file__).parent)
     place |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([here, *sys.path])}
+    logs = [folder / f"rank{r}.log" for r in range(2)]
     processes = [
         subprocess.Popen(
             [sys.executable, f"{here}/ranks.py", str(file)],
             env={**os.environ, **place, "RANK": str(r), "LOCAL_RANK": str(r)},
-            stdout=subprocess.PIPE,
+            stdout=log.open("w"),
             stderr=subprocess.STDOUT,
-            text=True,
         )
-        for r in range(2)
+        for r, log in enumerate(logs)
     ]
     try:
-        said = [process.communicate(timeout=240)[0] for process in processes]
+        while (codes := [process.poll() for process in processes]) != [0, 0]:
+            # One that failed leaves the other waiting; see ranks.py for two that wait.
+            assert not any(codes), "\n".join(log.read_text() for log in logs)
+            time.sleep(0.1)
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+            process.wait()
 
 
 @pytest.fixture(scope="module")

@@ -49,12 +49,19 @@ def tiny_lm(
     return lm.eval().requires_grad_(False)
 
 
-def tiny_network(arch: str, draft: bool = True, seed: int = 0, block_size: int = 4, **options: object) -> Network:
+def tiny_network(
+    arch: str,
+    draft: bool = True,
+    seed: int = 0,
+    block_size: int = 4,
+    targets: list[str] | None = None,
+    **options: object,
+) -> Network:
     """`tiny_lm` as a Network; with `draft`, behind a drafter whose every part is random, so that it really acts."""
     lm = tiny_lm(arch, seed, **options)
     if not draft:
         return Network(lm).eval()
-    drafter = Drafter(lm, DrafterSpec(rank=4, alpha=8.0, sampler_width=8))
+    drafter = Drafter(lm, DrafterSpec(4, 8.0, targets, sampler_width=8))
     silent = [p for name, p in drafter.named_parameters() if "lora_B" in name or name == "sampler_head.out.weight"]
     for parameter in (*silent, drafter.mask_embedding):
         torch.nn.init.normal_(parameter, std=0.3)
