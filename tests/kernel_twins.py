@@ -46,7 +46,7 @@ def one_round(chance: random.Random, dtype: torch.dtype) -> None:
     outcomes = sorted(chance.sample(range(1, length + 1), chance.randint(0, length)))
     prefix = torch.tensor([chance.randint(0, 150) for _ in range(batch)], device=DEVICE)
     leaves = tuple(sorted((chance.randrange(length) for _ in range(chance.randint(0, 5))), reverse=True))
-    layout = step_layout(length, outcomes, DEVICE, leaves).after(prefix)
+    layout = step_layout(length, outcomes, DEVICE, leaves, causal_blocks=chance.random() < 0.3).after(prefix)
     clean = layout.clean
     slots, kv, groups = layout.size, chance.choice((1, 2, 3)), chance.choice((1, 2, 3, 7))
     dim, capacity, split = chance.choice((64, 96, 128, 16)), 320, chance.choice((1, 2, 4))

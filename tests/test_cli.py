@@ -152,7 +152,10 @@ BAD = {
     "teacher temperature": ([*TRAIN, "--teacher-temperature", "0"], "teacher-temperature is 0"),
     "learning rate": ([*TRAIN, "--learning-rate", "0"], "learning-rate is 0"),
     "weights": ([*TRAIN, "--objective", "paper", "--ar-weight", "0", "--diffusion-weight", "0"], "both 0"),
-    "no conversation": ([*TRAIN[:-1], "{tmp}/strings.jsonl", "--no-self-generate"], "line 1: no conversation"),
+    "no conversation": (
+        [*TRAIN[:-1], "{tmp}/strings.jsonl", "--no-self-generate"],
+        "line 1: field 'messages[0]' must be a message",
+    ),
     "half a training prompt": ([*TRAIN[:-1], "{tmp}/half.jsonl"], "half.jsonl, line 2"),
     "half a training sample": ([*TRAIN[:-1], "{tmp}/half.jsonl", "--no-self-generate"], "line"),
 }

@@ -7,7 +7,8 @@ import pytest
 from tidar import TidarError, TidarModel
 from tidar.errors import PromptError
 from tidar.prompts import encode_prompt, read_prompts
-from tidar.train.data import read_samples
+from tidar.sources import BadRows, read_rows
+from tidar.train.conversations import Encoder
 from tiny import tiny_folder
 
 ASKED, ANSWERED = {"role": "user", "content": "why?"}, {"role": "assistant", "content": "because"}
@@ -31,6 +32,8 @@ def write(path, *rows):
         ({"messages": [ASKED]}, [ASKED]),
         ({"messages": [ASKED, ANSWERED]}, [ASKED]),
         ({"messages": [ASKED, ANSWERED, ANSWERED]}, [ASKED]),
+        ({"conversations": [{"from": "human", "value": "why?"}]}, [ASKED]),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "why?"}]}]}, [ASKED]),
         ({"messages": [ASKED, ANSWERED, ASKED]}, [ASKED, ANSWERED, ASKED]),
         ({"turns": ["a", "b"]}, "a"),
         ({"instruction": "do", "input": "this"}, "do\n\nthis"),
@@ -45,15 +48,17 @@ def test_a_row_asks_what_the_model_is_to_answer(row, prompt, tmp_path):
     "row",
     [
         {"messages": [ASKED, ANSWERED]},
+        {"conversations": [{"from": "human", "value": "why?"}, {"from": "gpt", "value": "because"}]},
         {"prompt": "something else", "messages": [ASKED, ANSWERED]},
         {"prompt": "why?", "answer": "because"},
         {"prompt": [ASKED], "completion": [ANSWERED]},
     ],
 )
 def test_every_form_of_a_training_row_is_the_same_sample(row, model, tmp_path):
-    (sample,) = read_samples(write(tmp_path / "p.jsonl", row), model.tokenizer)
-    assert sample.ids[: sample.answer] == encode_prompt(model.tokenizer, "why?")
-    assert model.tokenizer.decode(sample.ids[sample.answer :]) == "because<end>"
+    rows = read_rows(write(tmp_path / "p.jsonl", row), BadRows())
+    (sample,) = Encoder(model.tokenizer).encode(rows, BadRows())
+    assert sample.ids[~sample.answers].tolist() == encode_prompt(model.tokenizer, "why?")
+    assert model.tokenizer.decode(sample.ids[sample.answers]) == "because<end>"
 
 
 def test_a_list_of_messages_is_one_conversation(model):

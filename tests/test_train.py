@@ -2,10 +2,8 @@ import json
 import math
 import signal
 
-import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save_file
 
 from tidar import TidarError, TidarModel
 from tidar.config import TidarConfig
@@ -13,17 +11,18 @@ from tidar.layout import prefill_layout
 from tidar.model.drafter import PEFT_PREFIX
 from tidar.model.network import Network
 from tidar.train.config import TrainConfig
-from tidar.train.conversion import Conversion, LossWeights
-from tidar.train.convert import _arguments, _pin, convert, model_card
-from tidar.train.data import Sample, collate, pack, read_samples
+from tidar.train.conversion import Conversion, LossOptions
+from tidar.train.convert import convert
+from tidar.train.data import collate, pack
 from tidar.train.objective import (
     acceptance_weights,
-    chunked,
     hard_cross_entropy,
     paper_loss,
-    soft_cross_entropy,
+    token_terms,
 )
-from tidar.train.samples import ModelCard, load_samples, save_samples
+from tidar.train.prepare import model_card
+from tidar.train.samples import Sample, Samples, load_samples
+from tidar.train.trainer import arguments_of, pin
 from tiny import tiny_folder, tiny_lm, tiny_network
 
 
@@ -110,10 +109,10 @@ def test_self_generated_answers_are_the_base_models_and_are_reused(folder, data,
     )
     convert(config)
     base = TidarModel.from_pretrained(folder, device="cpu")
-    samples = load_samples(path, model_card(base))
+    samples = load_samples(path, model_card(base)).samples
     assert len(samples) == 16
     greedy = base.generate("say a", mode="ar", max_new_tokens=12).token_ids
-    assert any(s.ids[s.answer :] == greedy for s in samples)
+    assert any(s.ids[s.answers].tolist() == greedy for s in samples)
     assert facts(config)["answers"] == "self-generated"
     before = path.read_bytes()
     convert(config)
@@ -142,57 +141,15 @@ def test_ctrl_c_ends_training_after_the_step_and_saves(folder, data, tmp_path, m
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
-def test_packing_keeps_documents_whole_and_marks_answers():
-    samples = [Sample(list(range(1, n + 1)), n // 2) for n in (30, 20, 14, 33, 64, 3, 90)]
-    packed = pack(samples, 64)
-    found = []
-    for ids, documents, answers in zip(packed.ids, packed.documents, packed.answers, strict=True):
-        for d in sorted(set(documents[documents >= 0])):
-            where = documents == d
-            found.append((ids[where].tolist(), int(answers[where].argmax())))
-        assert not answers[documents < 0].any()
-    assert sorted(found) == sorted((s.ids[:64], s.answer) for s in samples)
-
-
-def test_no_answer_that_fits_is_an_error():
-    with pytest.raises(TidarError, match="no training sample"):
-        pack([Sample(list(range(50)), 48)], 32)
-
-
 def test_anchors_stand_before_answers_with_something_to_guess():
     torch.manual_seed(0)
-    packed = pack([Sample(list(range(20)), 10), Sample(list(range(12)), 6)], 32)
+    packed = pack(Samples.of([Sample.after(range(20), 10), Sample.after(range(12), 6)]), 32)
     for _ in range(20):
         batch = collate([packed[0]], 6)
         for anchor in batch["anchors"][0].tolist():
             assert batch["answers"][0, anchor + 1]
             assert batch["answers"][0, anchor + 2]
             assert batch["documents"][0, anchor] == batch["documents"][0, anchor + 2]
-
-
-def test_chunks_change_neither_loss_nor_gradient():
-    head = torch.nn.Linear(8, 19)
-    student, teacher = torch.randn(23, 8, requires_grad=True), torch.randn(23, 8)
-    results = []
-    for chunk, recompute in ((100, False), (7, False), (7, True)):
-        terms = chunked(
-            lambda s, t: tuple(soft_cross_entropy(head(s), head(t).detach())), chunk, recompute, student, teacher
-        )
-        (gradient,) = torch.autograd.grad(terms[0].sum(), student)
-        results.append([*terms, gradient])
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            torch.testing.assert_close(a, b)
-
-
-def test_soft_cross_entropy_is_its_definition():
-    student, teacher = torch.randn(5, 11), torch.randn(5, 11)
-    terms = soft_cross_entropy(student, teacher)
-    p, q = teacher.softmax(-1), student.softmax(-1)
-    torch.testing.assert_close(terms.loss, -(p * q.log()).sum(-1))
-    torch.testing.assert_close(terms.overlap, torch.minimum(p, q).sum(-1))
-    same = soft_cross_entropy(teacher, teacher)
-    torch.testing.assert_close(same.overlap, torch.ones(5))
 
 
 def test_acceptance_weights_are_the_gradient_of_the_expected_length():
@@ -212,7 +169,7 @@ def test_paper_loss_divides_each_term_by_its_own_count():
 def test_the_loss_of_a_batch_is_that_of_its_parts_weighed_by_counts():
     network = tiny_network("llama")
     module = Conversion(network)
-    packed = pack([Sample(torch.randint(97, (n,)).tolist(), n // 3) for n in (30, 21, 25, 11)], 32)
+    packed = pack(Samples.of(Sample.after(torch.randint(97, (n,)), n // 3) for n in (30, 21, 25, 11)), 32)
     torch.manual_seed(1)
     batch = collate([packed[i] for i in range(len(packed))], 4)
     counts = module.counts(batch)
@@ -256,10 +213,15 @@ def block_states(network, text):
     return network(text[None], prefill_layout(length, len(text), network.config.block_size))[0, len(text) :]
 
 
+def soft_terms(student, teacher, label, temperature):
+    terms = token_terms(student[None], teacher[None], label[None], "soft", temperature)
+    return type(terms)(*(x[0] for x in terms))
+
+
 @pytest.mark.parametrize("sampler_head", [True, False])
 @torch.no_grad()
 def test_the_lossless_loss_is_a_double_loop_over_anchors_and_masks(sampler_head):
-    network, weights = tiny_network("llama"), LossWeights(marginal=0.3, teacher_temperature=0.7)
+    network, weights = tiny_network("llama"), LossOptions(marginal=0.3, teacher_temperature=0.7)
     if not sampler_head:
         network.drafter.sampler_head = None
     block, total, count = network.config.block_size, 0.0, 0
@@ -271,11 +233,12 @@ def test_the_lossless_loss_is_a_double_loop_over_anchors_and_masks(sampler_head)
                 0, -1
             ]  # what the AR model says at anchor + m - 1
             drafted = network.head(states[m - 1])
-            terms = soft_cross_entropy(drafted, teacher, 0.7)
+            label = text[anchor + m]
+            terms = soft_terms(drafted, teacher, label, 0.7)
             if sampler_head:
                 before = network.embed(text[anchor + 1 : anchor + m])
                 rescored = network.drafter.sampler_head(states[None, :m], before[None])[0, -1]
-                marginal, terms = terms, soft_cross_entropy(network.head(rescored), teacher, 0.7)
+                marginal, terms = terms, soft_terms(network.head(rescored), teacher, label, 0.7)
             if counted:
                 accepted[m] = 0.5 * terms.overlap + 0.5
                 losses[m] = terms.loss + (0.3 * marginal.loss if sampler_head else 0)
@@ -305,7 +268,9 @@ def test_the_papers_loss_is_two_means_over_answers():
             hard_cross_entropy(logits[m - 1][None], text[anchor + m][None]) for m, counted in targets if counted
         ]
     wanted = (torch.cat(ar).mean() + 3 * torch.cat(diffusion).mean()) / 4
-    torch.testing.assert_close(Conversion(network, LossWeights(1.0, 3.0))(**MIXED)["loss"], wanted)
+    options = LossOptions(1.0, 3.0, loss="hard", position_weights="uniform")
+    batch = {name: value for name, value in MIXED.items() if name != "anchors"}
+    torch.testing.assert_close(Conversion(network, options)(**batch)["loss"], wanted)
 
 
 def test_accumulating_batches_is_the_same_as_one_batch(folder, tmp_path):
@@ -326,7 +291,7 @@ def test_accumulating_batches_is_the_same_as_one_batch(folder, tmp_path):
 def test_diverged_weights_are_not_saved(folder, data, tmp_path):
     with pytest.raises(TidarError, match="diverged"):
         convert(options(folder, data, tmp_path, steps=3, learning_rate=1e30))
-    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.safetensors"))
+    assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()] == ["samples.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -346,12 +311,12 @@ def test_self_generation_leaves_the_given_answers_out(folder, tmp_path):
     rows.write_text(json.dumps({"messages": [asked, answered]}))
     convert(options(folder, rows, tmp_path, self_generate=True, answers=path, answer_tokens=40, steps=1))
     base = TidarModel.from_pretrained(folder, device="cpu")
-    (sample,) = load_samples(path, model_card(base))
-    assert sample.ids[sample.answer :] == base.generate("say b", mode="ar", max_new_tokens=40).token_ids
+    (sample,) = load_samples(path, model_card(base)).samples
+    assert sample.ids[sample.answers].tolist() == base.generate("say b", mode="ar", max_new_tokens=40).token_ids
 
 
 def test_the_trainer_uses_the_device_of_the_model(folder, data, tmp_path):
-    arguments = _arguments(options(folder, data, tmp_path, device=None), torch.device("cpu"))
+    arguments = arguments_of(options(folder, data, tmp_path, device=None), torch.device("cpu"))
     assert arguments.use_cpu
     assert arguments.device == torch.device("cpu")
     assert arguments.n_gpu == 0
@@ -360,9 +325,9 @@ def test_the_trainer_uses_the_device_of_the_model(folder, data, tmp_path):
 def test_without_a_launcher_the_trainer_keeps_to_one_of_several_gpus(folder, data, tmp_path, monkeypatch):
     current = []
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    arguments = _arguments(options(folder, data, tmp_path), torch.device("cpu"))
+    arguments = arguments_of(options(folder, data, tmp_path), torch.device("cpu"))
     arguments._n_gpu = 3
-    _pin(arguments, torch.device("cuda:1"))
+    pin(arguments, torch.device("cuda:1"))
     assert arguments.device == torch.device("cuda:1")
     assert arguments.n_gpu == 1
     assert current == [torch.device("cuda:1")]
@@ -380,44 +345,3 @@ def test_hard_cross_entropy_is_torchs():
     torch.testing.assert_close(
         hard_cross_entropy(logits, labels).mean(), torch.nn.functional.cross_entropy(logits, labels)
     )
-
-
-MODEL = ModelCard("some-model", 50)
-
-
-def test_samples_survive_the_disk(tmp_path):
-    samples = [Sample([5, 6, 7], 1), Sample([1], 0), Sample(list(range(40)), 30)]
-    save_samples(tmp_path / "s.safetensors", samples, MODEL)
-    assert load_samples(tmp_path / "s.safetensors", MODEL) == samples
-
-
-@pytest.mark.parametrize(
-    ("content", "reader", "reason"),
-    [
-        ("no", MODEL, "does not hold"),
-        ({"ids": [1, 2]}, MODEL, "does not hold"),
-        ({}, ModelCard("other", 50), r"answers of some-model \(vocabulary 50\), not of other \(vocabulary 50\)"),
-        ({}, ModelCard("some-model", 60), r"not of some-model \(vocabulary 60\)"),
-        ({"ids": [1, 2, 50], "lengths": [3], "answers": [1]}, MODEL, "no samples with token ids"),
-        ({"ids": [1, -2, 5], "lengths": [3], "answers": [1]}, MODEL, "no samples with token ids"),
-        ({"ids": [1, 2, 3], "lengths": [2], "answers": [1]}, MODEL, "no samples with token ids"),
-        ({"ids": [], "lengths": [], "answers": []}, MODEL, "no samples with token ids"),
-    ],
-)
-def test_answers_of_another_model_and_other_files_are_refused(content, reader, reason, tmp_path):
-    path = tmp_path / "s.safetensors"
-    if isinstance(content, str):
-        path.write_text(content)
-    elif content:  # written before files said whose answers they hold
-        save_file({name: np.array(values, np.int32) for name, values in content.items()}, path)
-    else:
-        save_samples(path, [Sample([5, 6, 7], 1)], MODEL)
-    with pytest.raises(TidarError, match=reason):
-        load_samples(path, reader)
-
-
-def test_rows_without_an_answer_are_named(tmp_path, folder):
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "a"}\n')
-    with pytest.raises(TidarError, match="line 2"):
-        read_samples(path, TidarModel.from_pretrained(folder).tokenizer)

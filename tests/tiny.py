@@ -25,6 +25,7 @@ def tiny_lm(
     vocabulary: int = VOCABULARY,
     spread: float = 0.4,
     attn_implementation: str = attention.NAME,
+    tied: bool = False,
 ) -> PreTrainedModel:
     """A frozen random causal LM of 2 layers in float32 without special tokens; `spread` is its initializer_range."""
     grouped = {} if arch in ("gpt_neox", "gpt_bigcode") else {"num_key_value_heads": 2, "head_dim": 8}
@@ -40,6 +41,7 @@ def tiny_lm(
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,
+        **({"tie_word_embeddings": True} if tied else {}),
         **grouped,
     )
     torch.manual_seed(seed)
@@ -47,12 +49,19 @@ def tiny_lm(
     return lm.eval().requires_grad_(False)
 
 
-def tiny_network(arch: str, draft: bool = True, seed: int = 0, block_size: int = 4, **options: object) -> Network:
+def tiny_network(
+    arch: str,
+    draft: bool = True,
+    seed: int = 0,
+    block_size: int = 4,
+    targets: list[str] | None = None,
+    **options: object,
+) -> Network:
     """`tiny_lm` as a Network; with `draft`, behind a drafter whose every part is random, so that it really acts."""
     lm = tiny_lm(arch, seed, **options)
     if not draft:
         return Network(lm).eval()
-    drafter = Drafter(lm, DrafterSpec(rank=4, alpha=8.0, sampler_width=8))
+    drafter = Drafter(lm, DrafterSpec(4, 8.0, targets, sampler_width=8))
     silent = [p for name, p in drafter.named_parameters() if "lora_B" in name or name == "sampler_head.out.weight"]
     for parameter in (*silent, drafter.mask_embedding):
         torch.nn.init.normal_(parameter, std=0.3)
@@ -86,8 +95,13 @@ def continuations(arch: str, new: int = 100) -> list[list[int]]:
     return [generate(plain_of(arch), row, max_new_tokens=new)[0, row.shape[1] :].tolist() for row in rows]
 
 
-def tiny_folder(folder: Path, arch: str = "llama", chat: bool = True) -> str:
-    """A model folder as users have them: weights, and a byte-level tokenizer with a chat template and an end token."""
+def tiny_folder(
+    folder: Path, arch: str = "llama", chat: bool = True, mask_token: bool = False, tied: bool = False
+) -> str:
+    """A model folder as users have them: weights, and a byte-level tokenizer with a chat template and an end token.
+
+    With `mask_token` the vocabulary has one more row, free for the paper's objective; `tied`: one embedding for both.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {symbol: i for i, symbol in enumerate(["<pad>", "<end>", *alphabet])}
     tokens = Tokenizer(models.BPE(vocabulary, merges=[]))
@@ -96,6 +110,6 @@ def tiny_folder(folder: Path, arch: str = "llama", chat: bool = True) -> str:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<end>", pad_token="<pad>")
     if chat:
         tokenizer.chat_template = "{% for m in messages %}{{ m['role'][0] + m['content'] + '\n' }}{% endfor %}"
-    tiny_lm(arch, vocabulary=len(vocabulary)).save_pretrained(folder)
+    tiny_lm(arch, vocabulary=len(vocabulary) + mask_token, tied=tied).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

@@ -5,7 +5,7 @@ class TidarError(ValueError):
     """Bad input or an impossible request; the command line prints it as one line and exits with code 2."""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What a foreign exception says, fit for one line of ours."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 

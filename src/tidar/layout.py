@@ -13,6 +13,9 @@ tree of drafts is simply a node with several children. Nodes are numbered depth-
 interval test on two integers per token, which is what a kernel wants as well:
 
     visible(q, k)  =  enter[k] <= enter[q] < exit[k]
+
+Two training options are other forests under the same rule: a block as a chain of K nodes (causal, as in multi-token
+prediction), and tiles of K clean tokens as one node each (the context of block diffusion).
 """
 
 from __future__ import annotations
@@ -102,9 +105,13 @@ class Layout:
         return self.mask_mod()(b, torch.zeros_like(b), q, s)
 
     def block_mask(self) -> BlockMask:
-        """FlexAttention BlockMask of a forward without a cache."""
-        rows = self.depth.shape[0]
-        return create_block_mask(self.mask_mod(), rows, None, self.size, self.size, device=self.depth.device)
+        """FlexAttention BlockMask of a forward without a cache.
+
+        On a GPU it is made by a compiled kernel: eagerly, the predicate is evaluated as tensors of [B, N, N] integers.
+        """
+        rows, device = self.depth.shape[0], self.depth.device
+        create = _create_block_mask() if device.type == "cuda" else create_block_mask
+        return create(self.mask_mod(), rows, None, self.size, self.size, device=device)
 
     def targets(self) -> tuple[Tensor, Tensor]:
         """What each mask should predict: (clean index [B, blocks, K], valid [B, blocks, K] bool).
@@ -122,8 +129,18 @@ class Layout:
         return index, (raw == index) & (same_tree | (self.anchors < 0)[..., None])
 
 
+@cache
+def _create_block_mask() -> Callable[..., BlockMask]:
+    return torch.compile(create_block_mask)
+
+
 def chain_layout(
-    clean: int, anchors: Tensor, block_size: int, documents: Tensor | None = None, prefix: Tensor | None = None
+    clean: int,
+    anchors: Tensor,
+    block_size: int,
+    documents: Tensor | None = None,
+    prefix: Tensor | None = None,
+    causal_blocks: bool = False,
 ) -> Layout:
     """Clean tokens in a row, each the child of the one before it, plus one block an anchor.
 
@@ -133,21 +150,44 @@ def chain_layout(
         block_size: K.
         documents: [B, clean] ids of packed documents, equal ids adjacent; a new id starts a new tree at position 0.
         prefix: [B] cached tokens; none by default.
+        causal_blocks: a mask sees only the earlier ones of its block.
     """
-    device, batch = anchors.device, anchors.shape[0]
-    index = torch.arange(clean, device=device).expand(batch, clean)
+    index = torch.arange(clean, device=anchors.device).expand(len(anchors), clean)
+    first, last = _document_bounds(index, documents)
+    return _hang_blocks(index - first, last, anchors, block_size, prefix, causal_blocks)
+
+
+def block_causal_layout(clean: int, anchors: Tensor, block_size: int, documents: Tensor | None = None) -> Layout:
+    """Block diffusion (BD3-LM, arXiv 2503.09573): clean tokens see their own tile of K in both directions too.
+
+    A tile (its part in one document) is one node, K tokens wide, and the child of the tile before it. Arguments are as
+    in `chain_layout`; anchors are last tokens of tiles, so that a block sees the tiles before it and itself.
+    """
+    layout = chain_layout(clean, anchors, block_size, documents)
+    index = torch.arange(clean, device=anchors.device).expand(len(anchors), clean)
+    tile_ends = index // block_size * block_size + block_size - 1
+    ends = torch.minimum(tile_ends, _document_bounds(index, documents)[1])
+    return replace(layout, enter=torch.cat((layout.enter.gather(1, ends), layout.enter[:, clean:]), 1))
+
+
+def _document_bounds(index: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
+    """First and last token of the document of each token in `index` [B, clean] (0, 1, ...)."""
     if documents is None:
-        first, last = torch.zeros_like(index), torch.full_like(index, clean - 1)
-    else:
-        starts = torch.ones_like(documents, dtype=torch.bool)
-        starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
-        ends = starts.roll(-1, 1)
-        first = torch.where(starts, index, 0).cummax(1).values
-        last = torch.where(ends, index, clean).flip(1).cummin(1).values.flip(1)
-    return _hang_blocks(index - first, last, anchors, block_size, prefix)
+        return torch.zeros_like(index), torch.full_like(index, index.shape[1] - 1)
+    starts = torch.ones_like(documents, dtype=torch.bool)
+    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    first = torch.where(starts, index, 0).cummax(1).values
+    last = torch.where(starts.roll(-1, 1), index, index.shape[1]).flip(1).cummin(1).values.flip(1)
+    return first, last
 
 
-def tree_layout(parents: Sequence[int], anchors: Tensor, block_size: int, prefix: Tensor | None = None) -> Layout:
+def tree_layout(
+    parents: Sequence[int],
+    anchors: Tensor,
+    block_size: int,
+    prefix: Tensor | None = None,
+    causal_blocks: bool = False,
+) -> Layout:
     """Clean tokens as a tree: `parents[i]` < i is the parent of token i, -1 for a root; depth-first order.
 
     `anchors` is [B, blocks] as in `chain_layout`. Raises ValueError if the order is not depth-first.
@@ -163,26 +203,33 @@ def tree_layout(parents: Sequence[int], anchors: Tensor, block_size: int, prefix
         for ancestor in path:
             last[ancestor] = token
     rows = torch.tensor([depth, last], device=anchors.device)[:, None].expand(2, anchors.shape[0], -1)
-    return _hang_blocks(rows[0], rows[1], anchors, block_size, prefix)
+    return _hang_blocks(rows[0], rows[1], anchors, block_size, prefix, causal_blocks)
 
 
-def _hang_blocks(depth: Tensor, last: Tensor, anchors: Tensor, block_size: int, prefix: Tensor | None) -> Layout:
-    """Number the forest depth-first, a token's blocks before its clean children."""
+def _hang_blocks(
+    depth: Tensor, last: Tensor, anchors: Tensor, block_size: int, prefix: Tensor | None, causal_blocks: bool = False
+) -> Layout:
+    """Number the forest depth-first, a token's blocks before its clean children.
+
+    A block is one node, or with `causal_blocks` a chain of K nodes, each mask the child of the one before it.
+    """
     batch, clean = depth.shape
     blocks = anchors.shape[1]
     index = torch.arange(clean + 1, device=depth.device).expand(batch, clean + 1)
-    # Number of clean token i is i plus the blocks hanging off earlier tokens; block r comes right after its anchor.
+    nodes = block_size if causal_blocks else 1
+    # Number of clean token i is i plus the nodes of blocks off earlier tokens; block r comes right after its anchor.
     before = torch.searchsorted(anchors.contiguous(), index.contiguous())
-    number = index + before
-    block_number = anchors + 1 + torch.arange(blocks, device=depth.device)
+    number = index + before * nodes
+    block_number = anchors + 1 + torch.arange(blocks, device=depth.device) * nodes
     offsets = torch.arange(1, block_size + 1, device=depth.device)
     anchor_depth = torch.where(anchors < 0, -1, depth.gather(1, anchors.clamp(min=0)) if blocks else anchors)
     block_depth = (anchor_depth[..., None] + offsets).flatten(1)
-    block_enter = block_number.repeat_interleave(block_size, 1)
+    block_start = block_number.repeat_interleave(block_size, 1)
+    block_enter = block_start + (offsets - 1).repeat(blocks) if causal_blocks else block_start
     return Layout(
         depth=torch.cat((depth, block_depth), 1),
         enter=torch.cat((number[:, :clean], block_enter), 1),
-        exit=torch.cat((number.gather(1, last + 1), block_enter + 1), 1),
+        exit=torch.cat((number.gather(1, last + 1), block_start + nodes), 1),
         anchors=anchors,
         clean=clean,
         block_size=block_size,
@@ -190,14 +237,14 @@ def _hang_blocks(depth: Tensor, last: Tensor, anchors: Tensor, block_size: int, 
     )
 
 
-def prefill_layout(lengths: Tensor, width: int, block_size: int) -> Layout:
+def prefill_layout(lengths: Tensor, width: int, block_size: int, causal_blocks: bool = False) -> Layout:
     """Prompts of `lengths` [B] tokens, right-padded to `width`, one block after each row's last token (Fig. 7).
 
     Padding is a document of its own, so nothing sees it. block_size 0 leaves the block away (plain causal prefill).
     """
     padding = torch.arange(width, device=lengths.device) >= lengths[:, None]
     anchors = lengths[:, None] - 1 if block_size else lengths.new_empty(len(lengths), 0)
-    return chain_layout(width, anchors, block_size, documents=padding.long())
+    return chain_layout(width, anchors, block_size, documents=padding.long(), causal_blocks=causal_blocks)
 
 
 def step_layout(
@@ -205,6 +252,7 @@ def step_layout(
     outcomes: Sequence[int] | Tensor,
     device: torch.device | str = "cpu",
     leaves: tuple[int, ...] = (),
+    causal_blocks: bool = False,
 ) -> Layout:
     """One decode step (Fig. 3 right): the drafts, then leaves, then one block per outcome j, "j drafts accepted".
 
@@ -216,32 +264,37 @@ def step_layout(
         outcomes: in 1..K; the same for all rows, or [B, n] int64, ascending in each row.
         device: where the layout lives, for a sequence.
         leaves: the draft (0..K-1) that each leaf continues, in descending order, which makes the tree depth-first.
+        causal_blocks: as the model was trained, see `chain_layout`.
     """
     if isinstance(outcomes, Tensor):
-        return _pruned_step(draft_length, outcomes - 1, leaves)
-    return _whole_step(draft_length, tuple(sorted(outcomes)), torch.device(device), leaves)
+        return _pruned_step(draft_length, outcomes - 1, leaves, causal_blocks)
+    return _whole_step(draft_length, tuple(sorted(outcomes)), torch.device(device), leaves, causal_blocks)
 
 
 @cache
-def _whole_step(length: int, outcomes: tuple[int, ...], device: torch.device, leaves: tuple[int, ...]) -> Layout:
+def _whole_step(
+    length: int, outcomes: tuple[int, ...], device: torch.device, leaves: tuple[int, ...], causal_blocks: bool
+) -> Layout:
     """Kept for good: every step of a plan has the same one, and captured steps read it where it lies."""
     with torch.inference_mode(False):
         anchors = torch.tensor([[j - 1 for j in outcomes]], dtype=torch.long, device=device)
-        return tree_layout([*range(-1, length - 1), *leaves], anchors, length)
+        return tree_layout([*range(-1, length - 1), *leaves], anchors, length, causal_blocks=causal_blocks)
 
 
-def _pruned_step(length: int, anchors: Tensor, leaves: tuple[int, ...]) -> Layout:
+def _pruned_step(length: int, anchors: Tensor, leaves: tuple[int, ...], causal_blocks: bool) -> Layout:
     """`tree_layout` of a step whose anchors [B, n] are new each time; in few operations, as each is a launch."""
     batch, blocks = anchors.shape
-    bare = _whole_step(length, (), anchors.device, leaves)
+    bare = _whole_step(length, (), anchors.device, leaves, causal_blocks)
     index, offsets = bare.depth[:, :length], bare.depth[:, :length] + 1
-    number = index + (anchors[:, None, :] < index[..., None]).sum(-1)
-    own = (anchors + offsets[:, :blocks])[..., None].expand(-1, -1, length).flatten(1)
-    behind = bare.enter[:, length:] + blocks  # leaves are numbered after all drafts and blocks
+    nodes = length if causal_blocks else 1
+    number = index + (anchors[:, None, :] < index[..., None]).sum(-1) * nodes
+    start = (anchors + 1 + index[:, :blocks] * nodes)[..., None].expand(-1, -1, length)
+    own = (start + index[:, None] if causal_blocks else start).flatten(1)
+    behind = bare.enter[:, length:] + blocks * nodes  # leaves are numbered after all drafts and blocks
     return Layout(
         depth=torch.cat((bare.depth.expand(batch, -1), (anchors[..., None] + offsets[:, None]).flatten(1)), 1),
         enter=torch.cat((number, behind.expand(batch, -1), own), 1),
-        exit=torch.cat(((bare.exit + blocks).expand(batch, -1), own + 1), 1),
+        exit=torch.cat(((bare.exit + blocks * nodes).expand(batch, -1), start.flatten(1) + nodes), 1),
         anchors=anchors,
         clean=length + len(leaves),
         block_size=length,

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from tidar.errors import TidarError, first_line
+from tidar.sources import BadRows, Reading, Row, read_rows
 
 Message = dict[str, str]
 Prompt = str | list[Message]
+
+CONVERSATION_FIELDS = ("messages", "conversations", "conversation")
+SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
+"""Names that data sets give to the two roles; other names stay as they are."""
 
 
 class Placed(NamedTuple):
@@ -22,83 +26,104 @@ class Placed(NamedTuple):
     prompt: Prompt
 
 
-def read_prompts(path: str | Path) -> list[Placed]:
-    """Prompts of a JSONL file.
+def read_prompts(source: str | Path) -> list[Placed]:
+    """Prompts of a source (see sources.py).
 
-    A row holds `prompt` (a text or messages), `messages` (list of role/content; answers at its end are left out),
-    `turns` (list of user texts, the first is used), or the field names of common sets: `question`, `instruction` (with
-    an optional `input`).
+    A row holds `prompt` (a text or messages), `messages` (list of role/content) or `conversations` (list of
+    from/value; answers at the end of either are left out), `turns` (list of user texts, the first is used), or the
+    field names of common sets: `question`, `instruction` (with an optional `input`).
 
     Raises:
         TidarError: naming file, row and field of the first bad row.
     """
-    prompts = []
-    for where, row in read_rows(path):
-        prompt = row_prompt(row)
-        if prompt is None:
-            raise TidarError(
-                f"{where}: no prompt; a row needs 'prompt', 'messages' or 'turns', this one has {_keys(row)}"
-            )
-        if isinstance(prompt, str) and not prompt.strip():
-            raise TidarError(f"{where}: the prompt is empty")
-        prompts.append(Placed(where, prompt))
+    bad = BadRows()
+    prompts = list(row_prompts(read_rows(source, bad), bad))
     if not prompts:
-        raise TidarError(f"{path} holds no rows")
+        raise TidarError(f"{source} holds no rows")
     return prompts
 
 
-def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of a JSONL file with their place ("file, line n"). Raises TidarError for a file or line that is none."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise TidarError(f"cannot read {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise TidarError(f"{path} is not UTF-8 text (byte {error.start})") from error
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
+def prompts_of(sources: Iterable[str | Path], bad: BadRows, how: Reading) -> Iterator[Placed]:
+    """Prompts of several sources; rows without one go to `bad`."""
+    for source in sources:
+        yield from row_prompts(read_rows(source, bad, how), bad)
+
+
+def row_prompts(rows: Iterable[Row], bad: BadRows) -> Iterator[Placed]:
+    """The prompt of every row that has one; the others go to `bad`."""
+    for place, fields in rows:
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise TidarError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from error
-        if not isinstance(row, dict):
-            raise TidarError(f"{where}: a row must be a JSON object, not {type(row).__name__}")
-        yield where, row
+            yield Placed(place, _needed_prompt(fields))
+        except TidarError as error:
+            bad.add(TidarError(f"{place}: {error}"))
 
 
-def row_prompt(row: dict[str, Any]) -> Prompt | None:
-    """The prompt in a row, None if it has none of the known fields in a usable form."""
-    for field in ("prompt", "question"):
-        if isinstance(row.get(field), str):
-            return row[field]
-    if isinstance(row.get("instruction"), str):
-        extra = row.get("input")
-        return f"{row['instruction']}\n\n{extra}" if isinstance(extra, str) and extra.strip() else row["instruction"]
-    turns = row.get("turns")
+def _needed_prompt(fields: dict[str, Any]) -> Prompt:
+    prompt = row_prompt(fields)
+    if prompt is None:
+        raise TidarError(f"no prompt; a row needs 'prompt', 'messages' or 'turns', this one has {field_names(fields)}")
+    if isinstance(prompt, str) and not prompt.strip():
+        raise TidarError("the prompt is empty")
+    return prompt
+
+
+def row_prompt(fields: dict[str, Any]) -> Prompt | None:
+    """The prompt in a row, None if it has no known field. Raises TidarError naming a field of the wrong form."""
+    for name in ("prompt", "question"):
+        if isinstance(fields.get(name), str):
+            return fields[name]
+    if isinstance(fields.get("instruction"), str):
+        text, extra = fields["instruction"], fields.get("input")
+        return f"{text}\n\n{extra}" if isinstance(extra, str) and extra.strip() else text
+    turns = fields.get("turns")
     if isinstance(turns, list) and turns and isinstance(turns[0], str):
         return turns[0]
-    for field in ("prompt", "messages"):
-        messages, _ = split_answer(row.get(field))
-        if messages:
-            return messages
+    messages = parse_messages(fields["prompt"], "prompt") if "prompt" in fields else row_messages(fields)
+    return _unanswered(messages or []) or None
+
+
+def row_messages(fields: dict[str, Any]) -> list[Message] | None:
+    """The conversation in a row, None if it has none. Raises TidarError naming the field that is no message."""
+    for name in CONVERSATION_FIELDS:
+        if name in fields:
+            return parse_messages(fields[name], name)
     return None
 
 
-def split_answer(messages: object) -> tuple[list[Message], str | None]:
-    """A conversation up to where the model is to speak, and what it said last there (None: nothing yet).
+def parse_messages(value: object, field: str) -> list[Message]:
+    """Messages as role/content from a list of role/content or from/value (ShareGPT) objects; `field` names the list."""
+    if not isinstance(value, list):
+        wanted = "a text or a list of messages" if field == "prompt" else "a list of messages"
+        raise TidarError(f"field '{field}' must be {wanted}, not {type(value).__name__}")
+    return [_message(message, f"{field}[{index}]") for index, message in enumerate(value)]
 
-    Answers at the end are the model's to give, not something to answer. ([], None) for anything but messages.
-    """
-    if not isinstance(messages, list) or not all(_is_message(m) for m in messages):
-        return [], None
-    open_ = [{"role": m["role"], "content": m["content"]} for m in messages]
-    answer = None
-    while open_ and open_[-1]["role"] == "assistant":
-        last = open_.pop()
-        answer = last["content"] if answer is None else answer
-    return open_, answer
+
+def _message(value: object, field: str) -> Message:
+    if not isinstance(value, dict):
+        raise TidarError(f"field '{field}' must be a message (an object), not {type(value).__name__}")
+    names = ("from", "value") if "from" in value and "role" not in value else ("role", "content")
+    for name in names:
+        if name not in value:
+            raise TidarError(f"field '{field}' has no '{name}', but {field_names(value)}")
+    role, content = (_text(value[name], f"{field}.{name}") for name in names)
+    return {"role": SPEAKERS.get(role, role) if names[0] == "from" else role, "content": content}
+
+
+def _text(value: object, field: str) -> str:
+    """A text, or a list of text parts as one text."""
+    if isinstance(value, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in value):
+        return "".join(part["text"] for part in value)
+    if not isinstance(value, str):
+        raise TidarError(f"field '{field}' must be a text, not {type(value).__name__}")
+    return value
+
+
+def _unanswered(messages: list[Message]) -> list[Message]:
+    """A conversation up to where the model is to speak: answers at its end are not something to answer."""
+    end = len(messages)
+    while end and messages[end - 1]["role"] == "assistant":
+        end -= 1
+    return messages[:end]
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, raw: bool = False) -> list[int]:
@@ -116,28 +141,31 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, raw: bool 
             raise TidarError(f"the prompt is a list of messages, but {reason}")
         return tokenize(tokenizer, prompt)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return tokenize(tokenizer, render(tokenizer, messages, True), add_special_tokens=False)
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], open_answer: bool) -> str:
+    """A conversation as the chat template writes it; with `open_answer`, up to where the model's answer begins."""
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_answer)
     except Exception as error:  # the template is the model author's code, and raises what it likes
         raise TidarError(f"the chat template refuses this conversation: {first_line(error)}") from error
-    return tokenize(tokenizer, text, add_special_tokens=False)
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, **options: bool) -> list[int]:
     """Token ids of a text. Raises TidarError for a lone surrogate: JSON can spell it, UTF-8 cannot."""
+    check_text(text)
+    return list(tokenizer(text, **options).input_ids)
+
+
+def check_text(text: str) -> None:
+    """Raise TidarError for a text that no tokenizer can take."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         half = f"{text[error.start]!r} at character {error.start + 1}"
         raise TidarError(f"the text holds half a surrogate pair ({half}), which is no character") from error
-    return list(tokenizer(text, **options).input_ids)
 
 
-def _is_message(message: object) -> bool:
-    return (
-        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-    )
-
-
-def _keys(row: dict[str, Any]) -> str:
-    return ", ".join(repr(key) for key in row) or "no fields"
+def field_names(fields: dict[str, Any]) -> str:
+    return ", ".join(repr(key) for key in fields) or "no fields"

@@ -7,7 +7,7 @@ import sys
 import typer
 from rich.console import Console
 
-from tidar.cli import bench, chat, generate, train
+from tidar.cli import bench, chat, generate, generate_data, train
 from tidar.errors import TidarError
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
+app.command("generate-data")(generate_data.generate_data)
 app.command("train")(train.train)
 app.add_typer(bench.app, name="bench")
 

@@ -131,10 +131,20 @@ class Engine:
     """Decodes batches on any device; rows accept different numbers of tokens and end at different times."""
 
     def __init__(
-        self, network: Network, plan: Plan | Planner, tokenizer: PreTrainedTokenizerBase | None = None
+        self,
+        network: Network,
+        plan: Plan | Planner,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        runner: Runner | None = None,
     ) -> None:
         self.network, self.tokenizer = network, tokenizer
+        self.runner = runner  # None: the network's own, which fuses its weights
         self.planner = Fixed(plan) if isinstance(plan, Plan) else plan
+        if network.config is not None and network.config.objective == "block-diffusion":
+            raise TidarError(
+                "this is a block-diffusion model, trained without an autoregressive term: neither mode 'tidar' nor "
+                "'ar' decodes it; for those, convert its base with --objective lossless or paper"
+            )
         if self.planner.longest.drafting and not network.can_draft:
             raise TidarError("this model has no drafter: convert it with `tidar train`, or decode with mode 'ar'")
 
@@ -153,7 +163,7 @@ class Engine:
         most = min(batch_size or len(prompts), len(prompts))
         if not most:
             return
-        plan, runner = self.planner.longest, runner_for(self.network)
+        plan, runner = self.planner.longest, self.runner or runner_for(self.network)
         room = max(len(prompts[row.answer.row]) + row.room for row in waiting)
         capacity = room + (runner.lag + 2) * plan.draft_length + plan.slots
         runner.busy = True

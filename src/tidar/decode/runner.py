@@ -6,6 +6,7 @@ kernels, which Triton keeps on disk).
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from collections import OrderedDict
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,9 +57,13 @@ class Pending:
 
     def values(self) -> list:
         """The tensor as lists; waits if it must."""
+        return self.array().tolist()
+
+    def array(self) -> np.ndarray:
+        """The tensor on the host; waits if it must."""
         if self.event is not None:
             self.event.synchronize()
-        return self.host.tolist()
+        return self.host.numpy()
 
 
 class Gain(NamedTuple):
@@ -314,6 +320,15 @@ def runner_for(network: Network) -> Runner:
     if not isinstance(network.runner, GraphRunner):
         network.runner = GraphRunner(network)
     return GraphRunner(network) if network.runner.busy else network.runner
+
+
+def release(network: Network) -> None:
+    """Give back the memory of everything that was built for decoding: caches, graphs, fused weights."""
+    network.fused = network.runner = network.fused_from = None
+    if network.device.type == "cuda":
+        torch.cuda.synchronize()  # the last step may still be replaying
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 @torch.inference_mode()

@@ -257,7 +257,7 @@ def prefill_rows(network: Network, packed: Tensor, plan: Plan) -> State:
     """`prefill` of prompts that are on the device, see `pack_prompts`. Like a step, it asks the device nothing."""
     ids, lengths, seeds = packed[:, :-2], packed[:, -2], packed[:, -1]
     batch, width = ids.shape
-    layout = prefill_layout(lengths, width, plan.draft_length if plan.drafting else 0)
+    layout = prefill_layout(lengths, width, plan.draft_length if plan.drafting else 0, network.causal_blocks)
     state = State.empty(batch, layout.size, plan.draft_length, network, not plan.params.greedy)
     state.seeds.copy_(seeds)
     state.active.fill_(True)
@@ -287,7 +287,8 @@ def step(network: Network, state: State, plan: Plan, longest: int | None = None)
     tokens = state.drafts[:, :length]
     if leaves is not None:
         tokens = torch.cat((tokens, leaves.tokens), 1)
-    layout = step_layout(length, outcomes, state.drafts.device, tuple(draft for draft, _ in plan.leaves))
+    parents = tuple(draft for draft, _ in plan.leaves)
+    layout = step_layout(length, outcomes, state.drafts.device, parents, network.causal_blocks)
     layout = layout.after(cache.lengths)
     cache.reserve(layout.size, longest)
     hidden = network(tokens, layout, cache, fused=True)

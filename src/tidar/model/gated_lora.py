@@ -51,22 +51,26 @@ class GatedLinear(nn.Linear):
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
         start = self.gate.start
         if start is None:
-            return y
+            return F.linear(x, self.weight, self.bias)
         if x.dim() != 3:
             raise TidarError(
                 f"linear layer {self.path} sees its tokens flattened, so mask tokens cannot be told apart there: adapt "
                 "others (--target NAME for each, such as q_proj)"
             )
         if start >= x.shape[1]:
-            return y
-        low_rank = F.linear(x[:, start:], self.lora_A.weight.to(x.dtype))
+            return F.linear(x, self.weight, self.bias)
+        clean, masks = x[:, :start], x[:, start:]
+        low_rank = F.linear(masks, self.lora_A.weight.to(x.dtype))
         delta = F.linear(low_rank, self.lora_B.weight.to(x.dtype)) * self.scaling
-        if start == 0:
-            return y + delta
-        return torch.cat((y[:, :start], y[:, start:] + delta), dim=1)
+        if torch.is_grad_enabled() and not self.weight.requires_grad:
+            # Clean tokens depend on nothing that trains, but share tensors with masks, which do: a product of their
+            # own, cut off here, spares them the backward pass.
+            y = F.linear(clean.detach(), self.weight, self.bias), F.linear(masks, self.weight, self.bias)
+        else:
+            y = F.linear(x, self.weight, self.bias).split((start, masks.shape[1]), 1)
+        return torch.cat((y[0], y[1] + delta), dim=1)
 
 
 def lora_targets(backbone: nn.Module, names: list[str] | None) -> list[str]:

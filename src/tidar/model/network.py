@@ -19,6 +19,9 @@ from tidar.model.fused import FusedBackbone, fusable, fuse
 from tidar.model.packed import PackedBackbone
 from tidar.model.quantised import check_kind, kernel_reads, quantise_model
 
+MASKED = -1
+"""Stands for a mask among the token ids of a block."""
+
 
 class Network(nn.Module):
     """A transformers causal LM, unchanged, plus what drafts for it.
@@ -45,7 +48,14 @@ class Network(nn.Module):
 
     @property
     def can_draft(self) -> bool:
-        return self.drafter is not None or (self.config is not None and self.config.mask_token_id is not None)
+        return self.drafter is not None or (
+            self.config is not None and self.config.drafts and self.config.mask_token_id is not None
+        )
+
+    @property
+    def causal_blocks(self) -> bool:
+        """Whether a mask sees only the earlier ones of its block (see `chain_layout`)."""
+        return self.config is not None and self.config.block_attention == "causal"
 
     @property
     def device(self) -> torch.device:
@@ -126,6 +136,7 @@ class Network(nn.Module):
         cache: object | None = None,
         mask: Tensor | BlockMask | None = None,
         fused: bool = False,
+        block_ids: Tensor | None = None,
     ) -> Tensor:
         """Run one layout.
 
@@ -135,6 +146,7 @@ class Network(nn.Module):
             cache: KV cache whose slots `[prefix, prefix + N)` take this forward's keys (see decode/cache.py).
             mask: the layout's mask where the caller has it in another form; dense by default.
             fused: take the fused backbone, if there is one and it does so many tokens well; needs a row cache.
+            block_ids: [B, blocks * K] the tokens that blocks show, `MASKED` for a mask; all masks by default.
 
         Returns:
             [B, N, H] final hidden states; the first `layout.clean` are the causal model's own.
@@ -142,8 +154,10 @@ class Network(nn.Module):
         embedded = self.embed(ids)
         masks = layout.size - layout.clean
         if masks:
-            vector = self.mask_vector().to(embedded.dtype)
-            embedded = torch.cat((embedded, vector.expand(len(ids), masks, -1)), 1)
+            tail = self.mask_vector().to(embedded.dtype).expand(len(ids), masks, -1)
+            if block_ids is not None:
+                tail = torch.where(block_ids[..., None] == MASKED, tail, self.embed(block_ids.clamp(min=0)))
+            embedded = torch.cat((embedded, tail), 1)
         position = layout.position
         if self.max_positions is not None:
             # Masks (and drafts not yet judged) may stand past the context's end; no token there is ever committed.

@@ -3,78 +3,168 @@
 from __future__ import annotations
 
 import json
-import platform
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
 from accelerate import PartialState
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
-from transformers.training_args import ParallelMode
 
-from tidar import __version__
 from tidar.api import TidarModel
-from tidar.config import TidarConfig
+from tidar.config import BlockAttention, Objective, TidarConfig
+from tidar.decode.engine import Limits
 from tidar.errors import TidarError
 from tidar.model import hub
 from tidar.model.compat import probe
 from tidar.model.drafter import Drafter, DrafterSpec
-from tidar.prompts import encode_prompt, read_prompts
+from tidar.sources import BadRows, Reading, source_name
+from tidar.train.card import card
+from tidar.train.checkpoint import Cursor, digest
 from tidar.train.config import TrainConfig
-from tidar.train.conversion import Conversion, LossWeights
-from tidar.train.data import Packed, Sample, collate, pack, read_samples
-from tidar.train.samples import ModelCard, load_samples, save_samples
-from tidar.train.selfgen import Generation, self_generate, self_generate_parallel
+from tidar.train.conversion import Conversion, LossOptions
+from tidar.train.data import Packed, pack
+from tidar.train.measure import measure, read_measure_prompts
+from tidar.train.prepare import Sources, answer_prompts, encode_given, model_card, packed_facts, report_packed
+from tidar.train.provenance import provenance
+from tidar.train.samples import Samples, load_samples
+from tidar.train.selfgen import TEMPERATURES, Generation
+from tidar.train.shard import named_once, shard, trained_weights
+from tidar.train.trainer import (
+    ConversionTrainer,
+    join_processes,
+    last_checkpoint,
+    launcher_shards,
+    trains_in_bf16,
+)
 
 
 def convert(config: TrainConfig) -> TidarModel:
     """Train a conversion and write it to `config.output`; Ctrl-C stops training early and still writes.
 
+    Under a launcher (torchrun, accelerate launch) all processes call this. Returns the trained model; where weights are
+    sharded, it is whole on the first process only.
+
     Raises:
         TidarError: for bad data, an impossible model or options that cannot be meant.
     """
     config.check()
+    config = replace(config, fsdp=launcher_shards() or config.fsdp)
+    launched = join_processes(config.device)
+    if config.fsdp and not launched:
+        raise TidarError("fsdp needs several processes: start with `torchrun` or `accelerate launch`")
     transformers.set_seed(config.seed)
+    checkpoint = _checkpoint(config)
     model = prepare_model(config)
     # Before the data: what this model cannot do shows here, and a fresh drafter changes nothing in AR mode.
     install_conversion(config, model)
-    packed, facts = prepare_data(config, model)
-    device = model.network.device
-    module = Conversion(
-        model.network,
-        LossWeights(config.ar_weight, config.diffusion_weight, config.marginal_weight, config.teacher_temperature),
-        compiled=device.type == "cuda" if config.compiled is None else config.compiled,
-        recompute=config.recompute_logits,
-    )
-    blocks = config.anchors or max(1, config.sequence_length // config.block_size)
-    trainer = ConversionTrainer(
-        model=module,
-        args=_arguments(config, device),
-        train_dataset=packed,
-        data_collator=partial(collate, blocks=blocks),
-        callbacks=[_StopOnInterrupt()],
-    )
-    started = time.time()
-    trainer.train()
-    seconds = time.time() - started
-    assert model.network.config is not None
-    record = provenance(config, trainer, facts, seconds)
-    model.network.config = TidarConfig(**{**model.network.config.to_dict(), "provenance": record["summary"]})
+    prompts = _measure_prompts(config, model)
+    packed, facts = prepare_data(config, model, resuming=checkpoint is not None)
+    cursor = Cursor(0, len(packed), digest(*packed.content), config.seed)
+    done = 0
+    if checkpoint is not None:
+        cursor, done = cursor.at(checkpoint), _steps_done(checkpoint, config)
+    module = prepare_module(config, model)
+    with named_once(model.network.drafter):
+        if config.fsdp:
+            shard(module, trains_in_bf16(config, model.network.device))
+        lengths = config.measure_draft_lengths or [config.block_size]
+        limits = Limits(config.measure_tokens, model.network.eos_ids)
+        decode = partial(measure, module, prompts, lengths, limits) if prompts else None
+        trainer = ConversionTrainer(config, module, packed, cursor, done, config.fsdp, decode)
+        started = time.time()
+        trainer.run(checkpoint)
+        seconds = time.time() - started
+        _refuse_non_finite(module)
+        weights = trained_weights(module) if config.fsdp else None
+    if trainer.is_world_process_zero():
+        if weights is not None:
+            model = _whole(config, weights)
+        _finish(model, provenance(config, trainer, facts, seconds), config)
+    if launched:
+        trainer.accelerator.wait_for_everyone()
     model.network.eval()
     module.uncompile()
-    _refuse_non_finite(module)
-    if trainer.is_world_process_zero():
-        model.save_pretrained(config.output)
-        (config.output / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     return model
+
+
+def prepare_module(config: TrainConfig, model: TidarModel) -> Conversion:
+    """The module that trains the model's network."""
+    return Conversion(
+        model.network,
+        loss_options(config),
+        compiled=model.network.device.type == "cuda" if config.compiled is None else config.compiled,
+        gradient_checkpointing=config.gradient_checkpointing,
+    )
+
+
+def loss_options(config: TrainConfig) -> LossOptions:
+    return LossOptions(
+        ar=config.ar_weight,
+        diffusion=config.diffusion_weight,
+        marginal=config.marginal_weight,
+        teacher_temperature=config.teacher_temperature,
+        loss=config.chosen("loss"),
+        position_weights=config.chosen("position_weights"),
+        decay_gamma=config.decay_gamma,
+    )
+
+
+def _checkpoint(config: TrainConfig) -> Path | None:
+    """The checkpoint to go on from."""
+    if config.resume == "auto":
+        return last_checkpoint(config.checkpoints)
+    return None if config.resume is None else Path(config.resume)
+
+
+def _steps_done(checkpoint: Path, config: TrainConfig) -> int:
+    done = int(json.loads((checkpoint / "trainer_state.json").read_text())["global_step"])
+    if done >= config.steps:
+        raise TidarError(f"steps is {config.steps}, but {checkpoint} has {done} steps already: nothing is left to do")
+    return done
+
+
+def _measure_prompts(config: TrainConfig, model: TidarModel) -> list[list[int]]:
+    """Token ids of the measure prompts; those that leave no room in the model's context are refused by name."""
+    if config.measure_prompts is None:
+        return []
+    assert model.tokenizer is not None
+    prompts = read_measure_prompts(config.measure_prompts, model.tokenizer, config.measure_count)
+    context = model.network.max_positions
+    if context is not None and (longest := max(map(len, prompts))) >= context:
+        raise TidarError(
+            f"measure-prompts is {config.measure_prompts}, which has a prompt of {longest} tokens, but the model's "
+            f"context is {context}"
+        )
+    return prompts
+
+
+def _whole(config: TrainConfig, weights: dict[str, Tensor]) -> TidarModel:
+    """The model again, unsharded on the CPU, with its trained weights."""
+    with torch.random.fork_rng():
+        model = prepare_model(replace(config, device="cpu"))
+        install_conversion(config, model)
+    odd = Conversion(model.network).load_state_dict(weights, strict=False).unexpected_keys
+    assert not odd, odd
+    return model
+
+
+def _finish(model: TidarModel, record: dict[str, Any], config: TrainConfig) -> None:
+    """Write the result: checkpoint or drafter, model card and provenance."""
+    network, folder = model.network, config.output
+    assert network.config is not None
+    network.config = TidarConfig(**{**network.config.to_dict(), "provenance": record["summary"]})
+    network.eval()
+    model.save_pretrained(folder, with_base=config.with_base)
+    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / "README.md").write_text(card(record))
+    if config.checkpoints.is_dir() and not any(config.checkpoints.iterdir()):
+        config.checkpoints.rmdir()
+    print(f"wrote {folder}; try: tidar generate --model {folder} 'Hello'", file=sys.stderr)
 
 
 def _refuse_non_finite(module: Conversion) -> None:
@@ -101,10 +191,12 @@ def install_conversion(config: TrainConfig, model: TidarModel) -> None:
     if config.objective == "lossless":
         spec = DrafterSpec(config.rank, config.alpha, config.target_modules, config.sampler_width)
         network.drafter = Drafter(network.lm, spec)
-        network.config = TidarConfig(block_size=config.block_size)
     else:
-        network.config = TidarConfig(config.block_size, "paper", free_mask_token(model))
         network.lm.requires_grad_(True)
+    mask = free_mask_token(model) if config.objective in ("paper", "block-diffusion") else None
+    network.config = TidarConfig(
+        config.block_size, cast(Objective, config.objective), mask, cast(BlockAttention, config.block_attention)
+    )
     probe(config.model, network)
 
 
@@ -129,168 +221,59 @@ def free_mask_token(model: TidarModel) -> int:
     raise TidarError("this model has no free token to serve as the mask: use --objective lossless, which learns one")
 
 
-def prepare_data(config: TrainConfig, model: TidarModel) -> tuple[Packed, dict[str, Any]]:
-    """Read, generate or reload the samples, and pack them. Returns the rows and facts about the data."""
-    tokenizer = model.tokenizer
-    assert tokenizer is not None
-    files = [path.name for path in config.data]
-    if config.answers is not None and config.answers.exists():
-        samples, source, files = load_samples(config.answers, model_card(model)), f"read from {config.answers.name}", []
-    elif config.self_generate:
-        samples, source = _self_generate(config, model), "self-generated"
-    else:
-        samples, source = [s for path in config.data for s in read_samples(path, tokenizer)], "given in the data"
-    packed = pack(samples, config.sequence_length)
-    facts = {
-        "files": files,
-        "samples": len(samples),
-        "tokens": sum(len(s.ids) for s in samples),
-        "answer_tokens": sum(len(s.ids) - s.answer for s in samples),
-        "rows": len(packed),
-        "answers": source,
-    }
-    print(f"data: {facts['samples']:,} samples, {facts['tokens']:,} tokens in {len(packed):,} rows", file=sys.stderr)
-    return packed, facts
+def prepare_data(config: TrainConfig, model: TidarModel, resuming: bool = False) -> tuple[Packed, dict[str, Any]]:
+    """Read, generate or reload the samples, and pack them. Returns the rows and facts about the data.
 
-
-def _self_generate(config: TrainConfig, model: TidarModel) -> list[Sample]:
-    """Let the base model answer the prompts; the answers are kept in a file, which the other ranks read.
-
-    Reruns read it too if it was named by `--answers`; the default file in the output folder is written anew.
+    The main process makes the samples' file; all of them map it into memory. A run that is resumed never generates
+    answers in the place of those that it has seen.
     """
-    path = config.answers or config.output / "answers.safetensors"
-    with PartialState().main_process_first():
-        if PartialState().is_main_process:
-            prompts = [ids for file in config.data for ids in _encode_file(model.tokenizer, file)]
-            context = model.network.max_positions or config.sequence_length
-            how = Generation(
-                answers=config.answers_per_prompt,
-                max_new_tokens=config.answer_tokens,
-                max_prompt_tokens=min(config.sequence_length - config.block_size, context - 1),
-                batch_size=config.generation_batch,
-                seed=config.seed,
-                seconds=None if config.generation_minutes is None else 60 * config.generation_minutes,
-            )
-            if config.generation_workers > 1:
-                dtype = str(model.hf_model.dtype).removeprefix("torch.")
-                workers = config.generation_workers
-                samples = self_generate_parallel(config.model, config.device, dtype, prompts, how, workers)
-            else:
-                samples = self_generate(model.network, prompts, how)
-            save_samples(path, samples, model_card(model))
-        return load_samples(path, model_card(model))
-
-
-def _encode_file(tokenizer: PreTrainedTokenizerBase, file: Path) -> Iterator[list[int]]:
-    for place, prompt in read_prompts(file):
-        try:
-            yield encode_prompt(tokenizer, prompt)
-        except TidarError as error:
-            raise TidarError(f"{place}: {error}") from error
-
-
-def model_card(model: TidarModel) -> ModelCard:
-    """What answers must fit: the last part of the base's name (folders move), and its vocabulary."""
-    return ModelCard(Path(model.base).name, model.hf_model.get_input_embeddings().weight.shape[0])
-
-
-def _arguments(config: TrainConfig, device: torch.device) -> TrainingArguments:
-    """The Trainer's options; without a launcher it trains on `device` and nowhere else."""
-    arguments = TrainingArguments(
-        output_dir=str(config.output),
-        max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.accumulate,
-        learning_rate=config.peak_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=min(config.warmup, max(1, config.steps // 10)),
-        adam_beta2=0.95,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        bf16=device.type == "cuda" and config.objective == "paper",
-        use_cpu=device.type == "cpu",
-        logging_steps=config.log_every,
-        logging_nan_inf_filter=False,
-        save_strategy="no",
-        report_to="none",
-        remove_unused_columns=False,
-        dataloader_drop_last=False,
-        seed=config.seed,
+    sources = Sources(
+        [str(path) for path in config.data],
+        Reading(config.row_limit, config.stream),
+        BadRows(config.skip_bad_rows),
     )
-    if arguments.parallel_mode != ParallelMode.DISTRIBUTED:
-        _pin(arguments, device)
-    return arguments
+    with PartialState().main_process_first():
+        samples, facts = _samples(config, model, sources, resuming)
+    packed = pack(samples, config.sequence_length)
+    if PartialState().is_main_process:
+        report_packed(packed)
+    return packed, {**facts, "bad_rows": sources.bad.count, **packed_facts(packed)}
 
 
-def _pin(arguments: TrainingArguments, device: torch.device) -> None:
-    """Left alone, the Trainer takes cuda:0, and nn.DataParallel (which cannot split our loss) over all visible GPUs."""
-    if device.type == "cuda":
-        device = torch.device("cuda", device.index or 0)
-        torch.cuda.set_device(device)  # accelerate moves things to "cuda", the current one
-    arguments.__dict__["_setup_devices"] = device  # its cached property
-    arguments._n_gpu = min(arguments.n_gpu, 1)
+def _samples(
+    config: TrainConfig, model: TidarModel, sources: Sources, resuming: bool
+) -> tuple[Samples, dict[str, Any]]:
+    """The samples, and where they come from.
+
+    A file named by `--answers` is read if it exists (unless an interrupted job has left it: that goes on). The default
+    file in the output folder is read if it was made from the same data by the same options, else written anew.
+    """
+    card, named = model_card(model), config.answers
+    if named is not None and named.exists():
+        stored = load_samples(named, card)
+        if not (stored.origin.interrupted and config.data and config.self_generate):
+            return stored.samples, {"files": [], "answers": f"read from {named.name}"}
+    files = [source_name(name) for name in sources.names]
+    main = PartialState().is_main_process
+    if config.self_generate:
+        path = named or config.output / "answers.safetensors"
+        if main:
+            answer_prompts(model, sources, _generation(config, model), path, named is None, resuming)
+        return load_samples(path, card).samples, {"files": files, "answers": "self-generated"}
+    path = named or config.output / "samples.safetensors"
+    if main:
+        encode_given(model, sources, path)
+    return load_samples(path, card).samples, {"files": files, "answers": "given in the data"}
 
 
-class ConversionTrainer(Trainer):
-    """transformers' Trainer, with two counts a batch instead of one and match rates in the log."""
-
-    def _get_num_items_in_batch(self, batch_samples: Sequence[dict[str, Tensor]], device: torch.device) -> Tensor:
-        """Global counts [2] of the AR and the diffusion term over ranks and accumulation steps."""
-        module: Conversion = self.accelerator.unwrap_model(self.model)
-        counts = torch.stack([module.counts(batch) for batch in batch_samples]).sum(0).to(device)
-        return self.accelerator.reduce(counts, reduction="sum")
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        module: Conversion = self.accelerator.unwrap_model(self.model)
-        if "loss" in logs:
-            logs = {**logs, **module.pop_metrics()}
-        super().log(logs, start_time)
-
-
-class _StopOnInterrupt(TrainerCallback):
-    """The first Ctrl-C ends training after the running step, so that what was learned is saved; the second kills."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.before: Callable[..., Any] | int | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        def stop(signum: int, frame: object) -> None:
-            self.asked = True
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            print("\nstopping after this step; the drafter will be saved", file=sys.stderr)
-
-        try:
-            self.before = signal.signal(signal.SIGINT, stop)
-        except ValueError:  # not the main thread: whoever owns it handles Ctrl-C
-            self.before = None
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.asked:
-            control.should_training_stop = True
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGINT, self.before)
-
-
-def provenance(config: TrainConfig, trainer: Trainer, facts: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """What made this checkpoint: options, data, versions, device, curve."""
-    device = trainer.args.device
-    options = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
-    options["data"] = [path.name for path in config.data]
-    summary = {
-        "base": config.model,
-        "steps": trainer.state.global_step,
-        "seconds": round(seconds, 1),
-        "seed": config.seed,
-        "data": facts,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-        "versions": {
-            "tidar": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-    }
-    return {"summary": summary, "options": options, "curve": trainer.state.log_history}
+def _generation(config: TrainConfig, model: TidarModel) -> Generation:
+    context = model.network.max_positions or config.sequence_length
+    return Generation(
+        temperatures=tuple(config.temperatures or TEMPERATURES),
+        answers=config.answers_per_prompt,
+        max_new_tokens=config.answer_tokens,
+        max_prompt_tokens=min(config.sequence_length - config.block_size, context - 1),
+        batch_size=config.generation_batch or None,
+        seed=config.seed,
+        seconds=None if config.generation_minutes is None else 60 * config.generation_minutes,
+    )
