@@ -26,10 +26,10 @@ pytestmark = pytest.mark.xdist_group("ranks")  # one worker: the runs are made o
 
 
 def free_port():
-    """Not one that the system hands to others: it would have to stay free until a process listens."""
+    """Not one that the system hands out meanwhile, nor what a seed chooses in every process."""
     while True:
         with socket.socket() as found, suppress(OSError):
-            found.bind(("127.0.0.1", random.randrange(20_000, 30_000)))
+            found.bind(("127.0.0.1", random.SystemRandom().randrange(20_000, 30_000)))
             return found.getsockname()[1]
 
 
