@@ -11,7 +11,7 @@ demo: $(STAMP)
 	$(VENV)/bin/python examples/demo.py
 
 test: lint
-	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -n auto --dist loadgroup
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -n auto
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

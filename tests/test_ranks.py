@@ -22,7 +22,7 @@ from tiny import tiny_folder
 from train_options import conversations, curve, options
 
 STEPS = 6
-pytestmark = pytest.mark.xdist_group("ranks")  # one worker: the runs are made once
+OBJECTIVES = ("lossless", "paper")
 
 
 def free_port():
@@ -61,14 +61,12 @@ def run_two(configs, folder):
             process.wait()
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def make_runs(root):
     """The same conversions by one process, by two, and by two that shard; each with a checkpoint half way."""
-    root = tmp_path_factory.mktemp("ranks")
     folder = tiny_folder(root / "model", mask_token=True, tied=True)
     data = conversations(root / "rows.jsonl", 40)
     configs, two = {}, []
-    for objective in ("lossless", "paper"):
+    for objective in OBJECTIVES:
         base = {
             "objective": objective,
             "steps": STEPS,
@@ -121,9 +119,7 @@ def losses(config):
     return {row["step"]: [row["loss"], row["grad_norm"]] for row in curve(config) if "loss" in row}
 
 
-@pytest.mark.parametrize("objective", ["lossless", "paper"])
-@pytest.mark.parametrize("name", ["two", "sharded", "sharded after one", "one after two", "one after sharded"])
-def test_the_loss_curve_does_not_depend_on_the_processes(name, objective, runs):
+def check_the_loss_curve(name, objective, runs):
     wanted, got = losses(runs[objective]["one"]), losses(runs[objective][name])
     assert len(got) == STEPS
     for step, values in wanted.items():
@@ -131,9 +127,7 @@ def test_the_loss_curve_does_not_depend_on_the_processes(name, objective, runs):
     assert wanted[STEPS] != pytest.approx(wanted[STEPS - 1], rel=2e-4)
 
 
-@pytest.mark.parametrize("objective", ["lossless", "paper"])
-@pytest.mark.parametrize("name", ["two", "sharded", "one after sharded"])
-def test_the_exported_weights_are_those_of_one_process(name, objective, runs):
+def check_the_exported_weights(name, objective, runs):
     def weights(config):
         (file,) = config.output.glob("*model.safetensors")
         return load_file(file)
@@ -146,9 +140,7 @@ def test_the_exported_weights_are_those_of_one_process(name, objective, runs):
     assert model.generate("say 3", max_new_tokens=8).new_tokens
 
 
-@pytest.mark.parametrize("objective", ["lossless", "paper"])
-@pytest.mark.parametrize("name", ["two", "sharded"])
-def test_the_curve_counts_what_all_processes_did(name, objective, runs):
+def check_the_counts(name, objective, runs):
     """Match rates are sums over ranks, and prompts are shared out to be measured."""
     for wanted, got in zip(curve(runs[objective]["one"]), curve(runs[objective][name]), strict=True):
         for key in ("match", "cross_entropy", "ar_cross_entropy", "tokens_per_forward_k4", "acceptance_k4"):
@@ -157,8 +149,7 @@ def test_the_curve_counts_what_all_processes_did(name, objective, runs):
     assert sum("tokens_per_forward_k4" in row for row in curve(runs[objective]["one"])) == 3
 
 
-@pytest.mark.parametrize("objective", ["lossless", "paper"])
-def test_a_sharded_run_keeps_half_of_each_weight_in_a_process(objective, runs):
+def check_the_pieces(objective, runs):
     def pieces(name):
         state = runs[objective][name].checkpoints / "checkpoint-3" / "state"
         stored = FileSystemReader(state).read_metadata().state_dict_metadata
@@ -166,3 +157,16 @@ def test_a_sharded_run_keeps_half_of_each_weight_in_a_process(objective, runs):
 
     assert pieces("sharded") == {2}
     assert pieces("two") == {1}
+
+
+def test_processes_train_alike_plain_and_sharded_and_continue_each_other(tmp_path):
+    """One test, as the runs take a minute and are made once."""
+    runs = make_runs(tmp_path)
+    for objective in OBJECTIVES:
+        for name in ("two", "sharded", "sharded after one", "one after two", "one after sharded"):
+            check_the_loss_curve(name, objective, runs)
+        for name in ("two", "sharded", "one after sharded"):
+            check_the_exported_weights(name, objective, runs)
+        for name in ("two", "sharded"):
+            check_the_counts(name, objective, runs)
+        check_the_pieces(objective, runs)
