@@ -68,12 +68,30 @@ def speed(name: str) -> str:
     return text + table(header, rows) + "\n"
 
 
+def alternatives(name: str) -> str:
+    """Tokens per forward by number of alternatives, a line for each set."""
+    result = load(name)
+    c, rows = result["conditions"], result["rows"]
+    counts = sorted({r["alternatives"] for r in rows})
+    lines = []
+    for name in dict.fromkeys(r["set"] for r in rows):
+        mine = {r["alternatives"]: r["tokens_per_forward"] for r in rows if r["set"] == name}
+        lines.append([name, *(f"{mine[n]:.2f} ({mine[n] / mine[counts[0]] - 1:+.0%})" for n in counts)])
+    same = f"{sum(r['identical_to_ar'] for r in rows)} of {sum(r['prompts'] for r in rows)}"
+    text = f"{c['device']}, {c['dtype']}, K = {rows[0]['draft_length']}, all outcomes, greedy, {c['max_new_tokens']} "
+    text += f"new tokens, chat template, first {rows[0]['prompts']} prompts, commit {c['commit']}, {c['date']}: `{c['command']}`. "
+    text += f"Answers identical to plain decoding: {same}.\n\n"
+    return text + table(["alternatives", *map(str, counts)], lines) + "\n"
+
+
 def main() -> None:
     text = (HERE / "speed.in.md").read_text()
     for line in text.splitlines():
         if line.startswith("{slots "):
             name, _, plot = line.removeprefix("{slots ").removesuffix("}").partition(" ")
             text = text.replace(line, slots(name, plot or None).rstrip())
+        elif line.startswith("{alternatives "):
+            text = text.replace(line, alternatives(line.removeprefix("{alternatives ").removesuffix("}")).rstrip())
         elif line.startswith("{speed "):
             text = text.replace(line, speed(line.removeprefix("{speed ").removesuffix("}")).rstrip())
     (HERE / "speed.md").write_text(text)
