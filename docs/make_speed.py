@@ -79,8 +79,8 @@ def alternatives(name: str) -> str:
         lines.append([name, *(f"{mine[n]:.2f} ({mine[n] / mine[counts[0]] - 1:+.0%})" for n in counts)])
     same = f"{sum(r['identical_to_ar'] for r in rows)} of {sum(r['prompts'] for r in rows)}"
     text = f"{c['device']}, {c['dtype']}, K = {rows[0]['draft_length']}, all outcomes, greedy, {c['max_new_tokens']} "
-    text += f"new tokens, chat template, first {rows[0]['prompts']} prompts, commit {c['commit']}, {c['date']}: `{c['command']}`. "
-    text += f"Answers identical to plain decoding: {same}.\n\n"
+    text += f"new tokens, chat template, first {rows[0]['prompts']} prompts, commit {c['commit']}, {c['date']}: "
+    text += f"`{c['command']}`. Answers identical to plain decoding: {same}.\n\n"
     return text + table(["alternatives", *map(str, counts)], lines) + "\n"
 
 
