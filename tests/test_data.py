@@ -333,3 +333,22 @@ def test_self_generated_answers_are_renewed_with_the_prompts_and_go_on_after_an_
     config.data[0].write_text('{"prompt": "something else"}\n')
     assert len(prepared(config)[0].samples) == 6
     assert path.read_bytes() != whole
+
+
+REWRITING = (
+    "{% for m in messages %}{{ '<turn>' + m.role + ':' + m.content.replace('4', 'four') }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<turn>assistant:' }}{% endif %}"
+)
+
+
+def test_an_answer_that_the_template_rewrites_ends_as_texts_do(tiny):
+    tiny.add_special_tokens({"extra_special_tokens": ["<turn>"]})
+    tiny.chat_template = REWRITING
+    (sample,) = encode(tiny, {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "4"}]})
+    assert learned(tiny, sample) == ["4<end>"]
+
+
+def test_an_empty_last_answer_is_refused_by_row(tiny):
+    tiny.chat_template = REWRITING
+    with pytest.raises(TidarError, match=r"row 0.*empty"):
+        encode(tiny, {"messages": [{"role": "user", "content": "4"}, {"role": "assistant", "content": "  "}]})

@@ -14,6 +14,7 @@ from tidar.train.config import TrainConfig
 from tidar.train.conversion import Conversion, LossOptions
 from tidar.train.convert import convert
 from tidar.train.data import collate, pack
+from tidar.train.measure import read_measure_prompts
 from tidar.train.objective import (
     acceptance_weights,
     hard_cross_entropy,
@@ -345,3 +346,18 @@ def test_hard_cross_entropy_is_torchs():
     torch.testing.assert_close(
         hard_cross_entropy(logits, labels).mean(), torch.nn.functional.cross_entropy(logits, labels)
     )
+
+
+def test_documents_longer_than_the_context_are_refused(tmp_path):
+    folder = tiny_folder(tmp_path / "model")
+    data = tmp_path / "long.jsonl"
+    data.write_text(json.dumps({"text": "many words " * 60}))
+    config = options(folder, data, tmp_path, sequence_length=512)
+    with pytest.raises(TidarError, match=r"sequence-length is 512.*context is 128"):
+        convert(config)
+
+
+def test_measure_prompts_without_prompts_are_refused_by_name(tmp_path):
+    (tmp_path / "none.jsonl").write_text("\n")
+    with pytest.raises(TidarError, match="measure-prompts"):
+        read_measure_prompts(tmp_path / "none.jsonl", None, 4)

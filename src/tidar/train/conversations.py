@@ -118,6 +118,8 @@ class Encoder:
             segments = self._untemplated(source)
         else:
             messages = _as_messages(source)
+            if not messages[-1]["content"].strip():
+                raise TidarError("the last answer is empty")
             if GENERATION.search(self.tokenizer.get_chat_template()):
                 return _marked_by_template(self.tokenizer, messages)
             segments = self._every_turn(messages) or self._last_turn(messages)
@@ -154,7 +156,10 @@ class Encoder:
         self.last_only += sum(m["role"] == "assistant" for m in messages[1:]) > 1
         asked = render(self.tokenizer, messages[:-1], True)
         answer = messages[-1]["content"]
-        end = self._end_of_turn(render(self.tokenizer, messages, False).rpartition(answer)[2])
+        said = render(self.tokenizer, messages, False)
+        # A template may rewrite the answer; what ends it is then anybody's guess but the tokenizer's own.
+        _, found, behind = said.removeprefix(asked).rpartition(answer.strip())
+        end = self._end_of_turn(behind) if found else ""
         return [Segment(asked, False), Segment(answer, True), Segment(end or self._eos, True)]
 
     @property

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tidar.config import Objective
 from tidar.errors import TidarError
@@ -295,8 +296,10 @@ def checkpoint_layers(network: Network, compiled: bool) -> None:
             return nullcontext(), nullcontext()
         return nullcontext(), drafter.gate.opened(drafter.gate.start)
 
-    # A compiled layer has the gate's place as a constant in its graph, both times, and may not have contexts.
-    options = {"use_reentrant": False} if compiled else {"use_reentrant": False, "context_fn": contexts}
+    # Within a compiled layer the gate's place is a constant of the graph, both times, and contexts are not allowed;
+    # older transformers checkpoint around the layer's call instead.
+    within = compiled and "__call__" not in vars(GradientCheckpointingLayer)
+    options = {"use_reentrant": False} if within else {"use_reentrant": False, "context_fn": contexts}
     _checkpointing(network, "enable")(options)
 
 

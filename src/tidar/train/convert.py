@@ -14,6 +14,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from tidar.api import TidarModel
 from tidar.config import BlockAttention, Objective, TidarConfig
@@ -79,7 +80,7 @@ def convert(config: TrainConfig) -> TidarModel:
         started = time.time()
         trainer.run(checkpoint)
         seconds = time.time() - started
-        _refuse_non_finite(module)
+        _refuse_non_finite(module, trainer)
         weights = trained_weights(module) if config.fsdp else None
     if trainer.is_world_process_zero():
         if weights is not None:
@@ -167,8 +168,12 @@ def _finish(model: TidarModel, record: dict[str, Any], config: TrainConfig) -> N
     print(f"wrote {folder}; try: tidar generate --model {folder} 'Hello'", file=sys.stderr)
 
 
-def _refuse_non_finite(module: Conversion) -> None:
-    if not all(bool(p.isfinite().all()) for p in module.parameters() if p.requires_grad):
+def _refuse_non_finite(module: Conversion, trainer: ConversionTrainer) -> None:
+    """All processes decide alike, though each may see its own part of the weights only."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    own = [p.to_local() if isinstance(p, DTensor) else p for p in trained]
+    bad = torch.tensor(sum(not bool(p.isfinite().all()) for p in own), device=trainer.args.device)
+    if trainer.accelerator.reduce(bad, reduction="sum"):
         raise TidarError(
             "training diverged (some weights are not finite any more), so nothing is saved: lower --learning-rate"
         )
@@ -234,10 +239,22 @@ def prepare_data(config: TrainConfig, model: TidarModel, resuming: bool = False)
     )
     with PartialState().main_process_first():
         samples, facts = _samples(config, model, sources, resuming)
+    _refuse_beyond_context(config, model, samples)
     packed = pack(samples, config.sequence_length)
     if PartialState().is_main_process:
         report_packed(packed)
     return packed, {**facts, "bad_rows": sources.bad.count, **packed_facts(packed)}
+
+
+def _refuse_beyond_context(config: TrainConfig, model: TidarModel, samples: Samples) -> None:
+    """There are no positions for tokens past the context; rows may be longer, as long as documents in them are not."""
+    context = model.network.max_positions
+    longest = int((samples.ends - samples.starts).max(initial=0))
+    if context is not None and min(longest, config.sequence_length) > context:
+        raise TidarError(
+            f"sequence-length is {config.sequence_length}, and the longest document has {longest} tokens, but the "
+            f"model's context is {context}: make sequence-length {context} or less"
+        )
 
 
 def _samples(

@@ -62,6 +62,8 @@ def read_measure_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, count: 
             encoded.append(encode_prompt(tokenizer, prompt))
         except TidarError as error:
             raise TidarError(f"{place}: {error}") from error
+    if not encoded:
+        raise TidarError(f"measure-prompts is {path}, which has no prompts")
     return encoded
 
 
