@@ -122,6 +122,8 @@ def test_ctrl_c_leaves_a_checkpoint_that_ends_as_if_nothing_had_happened(folder,
         ({"seed": 5}, "other data or another seed"),
         ({"sequence_length": 48}, "other data or another seed"),
         ({"steps": 2}, "nothing is left to do"),
+        ({"learning_rate": 1e-5}, "learning-rate is 1e-05, but the run in .* had None"),
+        ({"loss": "hard"}, "loss is hard, but the run in .* had soft"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(change, reason, folder, data, tmp_path):

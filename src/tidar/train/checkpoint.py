@@ -27,27 +27,35 @@ STATE_FOLDER, CURSOR_FILE = "state", "cursor.json"
 
 
 class Cursor(NamedTuple):
-    """Where a run stands in its data.
+    """Where a run stands in its data, and what it must go on with.
 
-    consumed: rows trained on so far, in the order of stream.py. rows, digest and seed say which order that is.
+    consumed: rows trained on so far, in the order of stream.py. rows, digest and seed say which order that is. options
+    decide the curve (see `TrainConfig.curve_options`).
     """
 
     consumed: int
     rows: int
     digest: str
     seed: int
+    options: dict[str, Any]
 
     def write(self, folder: Path) -> None:
         (folder / CURSOR_FILE).write_text(json.dumps(self._asdict()) + "\n")
 
     def at(self, folder: Path) -> Cursor:
-        """This data, as far as the run in `folder` came. Raises TidarError if that run had other data."""
+        """This data, as far as the run in `folder` came. Raises TidarError if that run had other data or options."""
         stored = Cursor(**json.loads((folder / CURSOR_FILE).read_text()))
-        if stored._replace(consumed=0) != self._replace(consumed=0):
+        if stored[1:4] != self[1:4]:
             raise TidarError(
                 f"resume is {folder}, but that run had other data or another seed ({stored.rows:,} rows, seed "
                 f"{stored.seed}; now {self.rows:,} rows, seed {self.seed}), so it cannot be continued exactly"
             )
+        for name, value in self.options.items():
+            if stored.options.get(name) != value:
+                raise TidarError(
+                    f"{name.replace('_', '-')} is {value}, but the run in {folder} had {stored.options.get(name)}, so "
+                    "it cannot be continued exactly: take its value, or start anew"
+                )
         return stored
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 from tidar.config import MAX_DRAFT, BlockAttention, Objective, TidarConfig, require_choice
 from tidar.errors import TidarError
@@ -140,6 +140,17 @@ class TrainConfig:
     def checkpoints(self) -> Path:
         """Folder of what a run can be continued from."""
         return self.output / "checkpoints"
+
+    @property
+    def curve_options(self) -> dict[str, Any]:
+        """What a continued run must share with the one before, beside data and seed. Not the number of steps, which may
+        be raised, nor how a batch is divided."""
+        names = (
+            *("objective", "block_size", "block_attention", "anchors", "learning_rate", "min_learning_rate"),
+            *("ar_weight", "diffusion_weight", "marginal_weight", "teacher_temperature", "decay_gamma"),
+        )
+        own = {name: getattr(self, name) for name in names}
+        return own | {name: self.chosen(name) for name in CHOICES if self.objective != "ar"}
 
     def chosen(self, name: str) -> str:
         """The value of one of CHOICES: the user's, or what the objective is known by."""

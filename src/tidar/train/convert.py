@@ -65,7 +65,7 @@ def convert(config: TrainConfig) -> TidarModel:
     install_conversion(config, model)
     prompts = _measure_prompts(config, model)
     packed, facts = prepare_data(config, model, resuming=checkpoint is not None)
-    cursor = Cursor(0, len(packed), digest(*packed.content), config.seed)
+    cursor = Cursor(0, len(packed), digest(*packed.content), config.seed, config.curve_options)
     done = 0
     if checkpoint is not None:
         cursor, done = cursor.at(checkpoint), _steps_done(checkpoint, config)
