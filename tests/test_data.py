@@ -301,6 +301,10 @@ def test_texts_and_conversations_train_together_and_what_is_left_out_is_counted(
     assert "1 bad rows skipped, the first: " in err
     assert "chat.jsonl, line 2: field 'prompt' must be a text or a list of messages, not int" in err
     assert "1 texts are longer than a row" in err
+    # A second run reads the samples, and says the same of the rows behind them.
+    _, again = prepared(config)
+    assert again["bad_rows"] == 1
+    assert "1 bad rows skipped, the first: " in capsys.readouterr().err
 
 
 def test_the_default_file_is_taken_again_until_the_data_change(config):

@@ -44,6 +44,8 @@ def encode_given(model: TidarModel, sources: Sources, path: Path) -> Stored:
     assert model.tokenizer is not None
     card, key = model_card(model), _sources_key(sources, model)
     if (stored := stored_if(path, card, key)) is not None:
+        sources.bad.count, sources.bad.examples = stored.origin.bad_rows, list(stored.origin.bad_examples)
+        _say(sources.bad.report())
         return stored
     encoder = Encoder(model.tokenizer)
     with SampleWriter(path, card) as writer:
@@ -58,7 +60,8 @@ def encode_given(model: TidarModel, sources: Sources, path: Path) -> Stored:
             )
         if not writer.ends:
             raise TidarError(f"no row of {', '.join(sources.names)} can be learned from")
-        writer.finish(Origin(key))
+        bad = sources.bad
+        writer.finish(Origin(key, bad_rows=bad.count, bad_examples=tuple(bad.examples)))
     return load_samples(path, card)
 
 

@@ -78,12 +78,14 @@ class Origin(NamedTuple):
     """Where the samples of a file come from.
 
     key: a hash of everything that decides them. complete: nothing is missing. interrupted: what is missing was still
-    wanted (it was not left out for lack of time).
+    wanted (it was not left out for lack of time). bad_rows: rows that were skipped, the first of them described.
     """
 
     key: str = ""
     complete: bool = True
     interrupted: bool = False
+    bad_rows: int = 0
+    bad_examples: tuple[str, ...] = ()
 
 
 class SampleWriter:
@@ -138,7 +140,8 @@ class SampleWriter:
 
 def _metadata(model: ModelCard, origin: Origin) -> dict[str, str]:
     flags = {name: "yes" if getattr(origin, name) else "no" for name in ("complete", "interrupted")}
-    return {"base": model.base, "vocabulary": str(model.vocabulary), "key": origin.key, **flags}
+    bad = {"bad_rows": str(origin.bad_rows), "bad_examples": json.dumps(origin.bad_examples)}
+    return {"base": model.base, "vocabulary": str(model.vocabulary), "key": origin.key, **flags, **bad}
 
 
 def _header(shapes: dict[str, tuple[str, int]], metadata: dict[str, str]) -> bytes:
@@ -191,7 +194,9 @@ def load_samples(path: Path, model: ModelCard) -> Stored:
     fitting = len(answers) == len(ids) and len(jobs) == len(ends) > 0 and ends[-1] == len(ids)
     if not fitting or (np.diff(ends, prepend=0) <= 0).any() or ids.min() < 0 or ids.max() >= model.vocabulary:
         raise TidarError(f"{path} holds no samples with token ids of {model.base} (vocabulary {model.vocabulary})")
-    origin = Origin(metadata.get("key", ""), metadata.get("complete") == "yes", metadata.get("interrupted") == "yes")
+    complete, interrupted = (metadata.get(name) == "yes" for name in ("complete", "interrupted"))
+    examples = tuple(json.loads(metadata.get("bad_examples", "[]")))
+    origin = Origin(metadata.get("key", ""), complete, interrupted, int(metadata.get("bad_rows", 0)), examples)
     return Stored(Samples(ids, answers, ends), origin, jobs)
 
 
