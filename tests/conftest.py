@@ -2,9 +2,14 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports transformers
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import settings
+
+from tiny import tiny_folder
+from train_options import conversations
 
 torch.set_num_threads(1)
 settings.register_profile("default", deadline=None, max_examples=50)
@@ -22,3 +27,15 @@ def own_costs(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     """Measured costs belong to the test run, not to the user's cache folder."""
     folder = tmp_path_factory.getbasetemp()
     monkeypatch.setattr("tidar.decode.costs.cache_folder", lambda: folder)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model folder to train, whose tokenizer has a mask token."""
+    return tiny_folder(tmp_path_factory.mktemp("tiny"), mask_token=True)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Conversations to train on."""
+    return conversations(tmp_path_factory.mktemp("data") / "rows.jsonl", 40)

@@ -83,5 +83,5 @@ def test_answers_end_where_the_context_does():
 @pytest.mark.parametrize("prompt", [[], [1] * CONTEXT])
 def test_prompts_that_leave_no_room_are_refused(prompt):
     network = network_with_ends("llama")
-    with pytest.raises(TidarError, match="row 4"):
+    with pytest.raises(TidarError, match="prompt 5"):
         list(decode_bulk(network, SamplingParams(), [Job(3, [1]), Job(4, prompt)], 8, 2))

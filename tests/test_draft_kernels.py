@@ -157,6 +157,20 @@ def test_plain_drafts_are_the_likeliest_tokens(vocabulary, batch, length):
 
 
 @runs_kernels
+@pytest.mark.parametrize("value", [-torch.inf, -torch.nan, torch.nan])
+def test_plain_drafts_exist_whatever_the_logits(value):
+    """Also where a row has fewer tokens with any chance than are wanted."""
+    logits = torch.full((1, 2, 5000), value, device=DEVICE)
+    logits[0, 1, 4321] = 1.0
+    drafts, _, others = kernels.draft_plain(logits, torch.tensor([7], device=DEVICE), torch.tensor([-1], device=DEVICE))
+    assert drafts[0, 0] == 7
+    assert ((drafts >= 0) & (drafts < 5000)).all()
+    assert ((others >= 0) & (others < 5000)).all()
+    if value == -torch.inf:
+        assert drafts[0, 2] == 4321
+
+
+@runs_kernels
 @given(st.data())
 @settings(max_examples=40, deadline=None)
 def test_judging_kernel_decides_as_its_twin(data):

@@ -17,18 +17,8 @@ from tidar.train.conversion import Conversion, LossOptions, decoder_layers
 from tidar.train.convert import convert
 from tidar.train.measure import measure
 from tidar.train.throughput import model_flops, peak_flops
-from tiny import PROMPTS, VOCABULARY, tiny_folder, tiny_lm, tiny_network
-from train_options import conversations, curve, options
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_folder(tmp_path_factory.mktemp("tiny"), mask_token=True)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return conversations(tmp_path_factory.mktemp("data") / "rows.jsonl", 40)
+from tiny import PROMPTS, VOCABULARY, tiny_lm, tiny_network
+from train_options import curve, options
 
 
 def test_it_counts_what_the_decoder_counts():

@@ -1,6 +1,5 @@
 """Every training objective against a double loop, its fused losses against eager ones, and what its masks may see."""
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -45,7 +44,8 @@ from tidar.train.objective import (
     token_terms,
     until_failure_weights,
 )
-from tiny import VOCABULARY, tiny_folder, tiny_lm, tiny_network
+from tiny import VOCABULARY, tiny_lm, tiny_network
+from train_options import curve, options
 
 close = torch.testing.assert_close
 LOSSES = ("soft", "hard", "lk")
@@ -828,47 +828,15 @@ def test_every_objective_has_its_own_defaults(tmp_path):
     assert chosen("block-diffusion") == ["hard", "uniform", "random", "tiled"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_folder(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    rows = [{"prompt": f"say {c}", "answer": c * 12 + " and " + c * 8} for c in "abcdefgh"]
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
-
-
-def trained(model: str, data: Path, output: Path, **more: object) -> TidarModel:
-    sizes = {"block_size": 4, "rank": 8, "sampler_width": 16, "batch_size": 4, "sequence_length": 64}
-    return convert(
-        TrainConfig(model, output, [data], self_generate=False, device="cpu", log_every=10, **{**sizes, **more})
-    )
-
-
-@pytest.fixture(scope="module")
-def base(folder, tmp_path_factory):
-    """The tiny model with a row of the vocabulary to spare for the mask token."""
-    path = tmp_path_factory.mktemp("base")
-    model = TidarModel.from_pretrained(folder)
-    lm = model.hf_model
-    lm.resize_token_embeddings(lm.config.vocab_size + 1)
-    lm.save_pretrained(path)
-    model.tokenizer.save_pretrained(path)
-    return str(path)
-
-
 @pytest.mark.parametrize("objective", ["ar", "block-diffusion"])
-def test_training_for_comparison_lowers_the_loss_and_says_what_it_made(objective, base, data, tmp_path):
-    trained(base, data, tmp_path / "out", objective=objective, learning_rate=2e-3, steps=40)
+def test_training_for_comparison_lowers_the_loss_and_says_what_it_made(objective, folder, data, tmp_path):
+    config = options(folder, data, tmp_path, objective=objective, learning_rate=2e-3, steps=40)
+    convert(config)
     again = TidarModel.from_pretrained(str(tmp_path / "out"), device="cpu", dtype="float32")
     assert again.config.objective == objective
     assert not again.network.can_draft
-    record = json.loads((tmp_path / "out" / "training.json").read_text())
-    curve = [row["loss"] for row in record["curve"] if "loss" in row]
-    assert curve[-1] < 0.9 * curve[0]
+    losses = [row["loss"] for row in curve(config) if "loss" in row]
+    assert losses[-1] < 0.9 * losses[0]
     if objective == "ar":
         assert again.generate("say b", mode="ar", max_new_tokens=5).new_tokens
         with pytest.raises(TidarError, match="no drafter"):
@@ -890,7 +858,7 @@ def test_training_for_comparison_lowers_the_loss_and_says_what_it_made(objective
     ids=lambda more: "-".join(map(str, more.values())),
 )
 def test_each_option_trains_a_drafter_that_decodes_exactly(more, folder, data, tmp_path):
-    made = trained(folder, data, tmp_path / "out", steps=3, **more)
+    made = convert(options(folder, data, tmp_path, steps=3, **more))
     again = TidarModel.from_pretrained(str(tmp_path / "out"), device="cpu", dtype="float32")
     assert again.config.block_attention == more.get("block_attention", "bidirectional")
     assert made.config.block_attention == again.config.block_attention

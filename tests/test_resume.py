@@ -18,18 +18,7 @@ from tidar.train.data import collate, pack
 from tidar.train.samples import Sample, Samples
 from tidar.train.stream import Stream, collate_placed
 from tidar.train.trainer import last_checkpoint
-from tiny import tiny_folder
-from train_options import conversations, curve, options
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_folder(tmp_path_factory.mktemp("tiny"), mask_token=True)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return conversations(tmp_path_factory.mktemp("data") / "rows.jsonl", 40)
+from train_options import curve, options
 
 
 def losses(config):

@@ -298,7 +298,7 @@ def _pruned_step(length: int, anchors: Tensor, leaves: tuple[int, ...], causal_b
         anchors=anchors,
         clean=length + len(leaves),
         block_size=length,
-        prefix=anchors.new_zeros(batch),
+        prefix=bare.prefix.expand(batch),
     )
 
 

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from tidar.decode.runner import CAPACITY, Runner, runner_for
-from tidar.decode.step import Plan, State, prefill
-from tidar.errors import TidarError
+from tidar.decode.engine import room_for
+from tidar.decode.runner import Runner, roomy_capacity, runner_for
+from tidar.decode.step import Plan, State, StepResult, prefill
 from tidar.model.network import Network
 from tidar.sampling import SamplingParams
 
@@ -29,8 +29,6 @@ WINDOW = 4
 PREFILL_TOKENS = 16384
 """Most tokens in one prefill, padding included."""
 MOST_ROWS, CPU_ROWS = 1024, 16
-NEW = 3
-"""Column of a step's result that holds the one token of a plain step, see `StepResult`."""
 
 
 class Job(NamedTuple):
@@ -65,7 +63,7 @@ def decode_bulk(
     """
     if not jobs:
         return
-    rooms = [_room(network, job, max_new_tokens) for job in jobs]
+    rooms = [room_for(network, job.prompt, max_new_tokens, job.row) for job in jobs]
     plan, runner = Plan(1, params), runner_for(network)
     places = min(batch_size, len(jobs))
     longest = max(len(job.prompt) + room for job, room in zip(jobs, rooms, strict=True))
@@ -86,17 +84,8 @@ def fitting_batch(network: Network, tokens: int) -> int:
     a_token = sum(kept[0, :, 0].nbytes for kept in (*cache.keys, *cache.values))
     unused = torch.cuda.memory_reserved(network.device) - torch.cuda.memory_allocated(network.device)
     free = torch.cuda.mem_get_info(network.device)[0] + unused
-    rows = free // 2 // (a_token * -(-tokens // CAPACITY) * CAPACITY)
+    rows = free // 2 // (a_token * roomy_capacity(tokens))
     return int(max(1, min(MOST_ROWS, rows // 64 * 64 or rows)))
-
-
-def _room(network: Network, job: Job, max_new_tokens: int) -> int:
-    """New tokens that fit: the limit, or what the context leaves."""
-    context = network.max_positions
-    room = max_new_tokens if context is None else min(max_new_tokens, context - len(job.prompt))
-    if not job.prompt or room < 1:
-        raise TidarError(f"the prompt of row {job.row} has {len(job.prompt)} tokens, but the context is {context}")
-    return room
 
 
 def _by_length(jobs: list[tuple[Job, int]], window: int) -> Iterator[tuple[Job, int]]:
@@ -163,7 +152,8 @@ class _Batch:
         longest = int(self.cached[places].max())
         pending = [self.runner.step(self.plan, len(self.running), longest + n) for n in range(count)]
         self.cached[places] += count
-        return self._take(places, np.stack([step.array()[places, NEW] for step in pending], 1))
+        gained = [StepResult(step.arrived()).new[:, 0].numpy()[places] for step in pending]
+        return self._take(places, np.stack(gained, 1))
 
     def _take(self, places: np.ndarray, new: np.ndarray) -> Chunk:
         """Append the new tokens [n, m] of the rows in `places` [n] to their answers, up to where each ends."""

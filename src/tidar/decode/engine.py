@@ -211,7 +211,7 @@ class Engine:
 
     def _row(self, index: int, prompt: list[int], limits: Limits, streaming: bool) -> _Row:
         stream = TextStream(self.tokenizer, limits.stop) if self.tokenizer is not None else None
-        room = _room(self.network, prompt, limits, index)
+        room = room_for(self.network, prompt, limits.max_new_tokens, index)
         return _Row(Answer(index), stream, streaming or bool(limits.stop), room, len(prompt), 0.0)
 
     def _admit(
@@ -253,18 +253,18 @@ def _running(slots: list[_Row | None]) -> list[_Row | None]:
     return [row if row is not None and row.answer.finish_reason is None else None for row in slots]
 
 
-def _room(network: Network, prompt: list[int], limits: Limits, row: int) -> int:
-    """New tokens that fit: the limit, or what the context leaves."""
+def room_for(network: Network, prompt: list[int], most: int, row: int) -> int:
+    """New tokens that fit: at most `most`, or what the context leaves. Raises TidarError if there is no room."""
     if not prompt:
         raise TidarError(f"prompt {row + 1} is empty: give at least one token")
     context = network.max_positions
     if context is None:
-        return limits.max_new_tokens
+        return most
     if len(prompt) >= context:
         raise TidarError(
             f"prompt {row + 1} has {len(prompt)} tokens, but the model's context is {context}: shorten it to leave room"
         )
-    return min(limits.max_new_tokens, context - len(prompt))
+    return min(most, context - len(prompt))
 
 
 def _extend(row: _Row, tokens: list[int], limits: Limits) -> Update:

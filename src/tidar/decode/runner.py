@@ -14,12 +14,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from tidar.decode.cache import ROUND, RowCache
-from tidar.decode.step import Plan, State, pack_prompts, prefill, prefill_rows, step
+from tidar.decode.step import Plan, State, StepResult, pack_prompts, prefill, prefill_rows, step
 from tidar.layout import prefill_layout
 from tidar.model.network import Network
 
@@ -53,17 +52,15 @@ class Pending:
 
     def get(self) -> list[Gain]:
         """What each row gained; waits if it must."""
-        return [Gain(drafted, known, tokens[:accepted]) for accepted, drafted, known, *tokens in self.values()]
+        step = StepResult(self.arrived())
+        columns = (column.tolist() for column in (step.accepted, step.drafted, step.known, step.new))
+        return [Gain(drafted, known, new[:accepted]) for accepted, drafted, known, new in zip(*columns, strict=True)]
 
-    def values(self) -> list:
-        """The tensor as lists; waits if it must."""
-        return self.array().tolist()
-
-    def array(self) -> np.ndarray:
+    def arrived(self) -> Tensor:
         """The tensor on the host; waits if it must."""
         if self.event is not None:
             self.event.synchronize()
-        return self.host.numpy()
+        return self.host
 
 
 class Gain(NamedTuple):
@@ -178,7 +175,7 @@ class GraphRunner(Runner):
 
         A new state drops all graphs. The last is given up where it would take more than twice the memory.
         """
-        roomy, context = CAPACITY * power_of_two(-(-capacity // CAPACITY)), self.network.max_positions
+        roomy, context = roomy_capacity(capacity), self.network.max_positions
         # Behind the context's end there is only room for drafts and masks.
         capacity = roomy if context is None else max(capacity, min(roomy, context + CAPACITY))
         if self.state is None:
@@ -209,7 +206,7 @@ class GraphRunner(Runner):
         firsts = [
             self._admit(prompts[piece], rows[piece], places[piece], plan, slots - masks) for piece, slots in pieces
         ]
-        return [token for first in firsts for token in first.values()]
+        return [token for first in firsts for token in first.arrived().tolist()]
 
     def _admit(self, prompts: list[list[int]], rows: list[int], places: list[int], plan: Plan, width: int) -> Pending:
         """One graph's share: prompts padded to `width`."""
@@ -299,6 +296,11 @@ def cut(slots: list[int]) -> Iterator[tuple[slice, int]]:
 
 def bucket(slots: int) -> int:
     return max(ROUND, power_of_two(slots))
+
+
+def roomy_capacity(tokens: int) -> int:
+    """Room a row that a state on a GPU is given for so many tokens, where the model's context does not end before."""
+    return CAPACITY * power_of_two(-(-tokens // CAPACITY))
 
 
 def power_of_two(least: int) -> int:

@@ -223,7 +223,7 @@ def draft(walk: Walk, block: Tensor, logits: Tensor, first: Tensor, after: Tenso
         )
     drafted = _empty(first, batch, length)
     finish = options(block.device)
-    _finish[(length, batch)](first, after, ids, scores, *drafted, C=count, MORE=ALTERNATIVES, num_warps=1, **finish)
+    _finish[(others, batch)](first, after, ids, scores, *drafted, C=count, MORE=ALTERNATIVES, num_warps=1, **finish)
     return drafted
 
 
@@ -237,7 +237,7 @@ def draft_plain(logits: Tensor, first: Tensor, after: Tensor) -> Drafted:
     _chunk_best[(chunks, batch * others)](
         logits, keys, sums, vocabulary, KEPT=kept, ROWS=CHUNK, num_warps=8, **options(logits.device)
     )
-    _pick[(others + 1, batch)](
+    _pick[(others, batch)](
         first,
         after,
         keys,
@@ -300,10 +300,24 @@ if triton is not None:
         return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) << 32) | (0x7FFFFFFF - id).to(tl.int64)
 
     @triton.jit
+    def _token(key):
+        """The id that a key was made of."""
+        return 0x7FFFFFFF - (key & 0x7FFFFFFF)
+
+    @triton.jit
+    def _nothing():
+        """A key below all others; its token is 0, which exists."""
+        return -0x7FFFFFFF80000001
+
+    @triton.jit
+    def _without(keys, best):
+        return tl.where(keys == best, _nothing(), keys)
+
+    @triton.jit
     def _best_two(keys):
         """The two largest of each column; keys are distinct or repeated whole."""
         best = tl.max(keys, 0)
-        return best, tl.max(tl.where(keys == best[None, :], -0x7FFFFFFFFFFFFFFF, keys), 0)
+        return best, tl.max(_without(keys, best[None, :]), 0)
 
     @triton.jit
     def _groups(logits, keys, vocabulary, GROUPS: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr):
@@ -357,7 +371,7 @@ if triton is not None:
         best, second = _best_two(found)
         rank = tl.program_id(2)
         chosen = tl.where(rank == 0, best, second)
-        id = tl.minimum(0x7FFFFFFF - (chosen & 0x7FFFFFFF), vocabulary - 1)
+        id = tl.minimum(_token(chosen), vocabulary - 1)
         column = tl.arange(0, BLOCK)
         state = block + (row // others * (others + 1) + row % others + 1) * H
         total = tl.zeros((SHARE, BLOCK), tl.float32)
@@ -421,8 +435,7 @@ if triton is not None:
     def _best(scores, ids, at, C: tl.constexpr):
         """Token with the best score of position `at`; the smallest one of equals."""
         c = at * C + tl.arange(0, C)
-        best = tl.max(_key(tl.load(scores + c), tl.load(ids + c)), 0)
-        return 0x7FFFFFFF - (best & 0x7FFFFFFF)
+        return _token(tl.max(_key(tl.load(scores + c), tl.load(ids + c)), 0))
 
     @triton.jit(do_not_specialize=["m"])
     def _position(
@@ -523,37 +536,37 @@ if triton is not None:
         PDL: tl.constexpr,
     ):
         """One draft, the probability of it among its candidates, and the next best ones."""
-        m, b, length = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
         if PDL:
             tl.extra.cuda.gdc_launch_dependents()
             tl.extra.cuda.gdc_wait()
-        if m == 0:
-            tl.store(drafts + b * length, tl.load(first + b))
-        else:
-            at = b * (length - 1) + m - 1
-            c = at * C + tl.arange(0, C)
-            score = tl.load(scores + c)
-            keys = _key(score, tl.load(ids + c))
-            sure = 1 / tl.sum(tl.exp(score - tl.max(score, 0)), 0)
-            _store_draft(
-                keys, sure, m, after + b, drafts + b * length + m, confidence + at, alternatives + at * MORE, MORE
-            )
+        c = _place() * C + tl.arange(0, C)
+        score = tl.load(scores + c)
+        sure = 1 / tl.sum(tl.exp(score - tl.max(score, 0)), 0)
+        _store_draft(_key(score, tl.load(ids + c)), sure, first, after, drafts, confidence, alternatives, MORE)
 
     @triton.jit
-    def _store_draft(keys, sure, m, after, draft, confidence, alternatives, MORE: tl.constexpr):
+    def _place():
+        """Index of this program's position among all drafts but the first: a program a position and row."""
+        return tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+
+    @triton.jit
+    def _store_draft(keys, sure, first, after, drafts, confidence, alternatives, MORE: tl.constexpr):
         """The best of distinct keys as a draft, unless it is known better, and the MORE next ones as alternatives."""
+        m, b, at = tl.program_id(0) + 1, tl.program_id(1), _place()
+        draft = drafts + at + b + 1  # rows of drafts are one longer
         best = tl.max(keys, 0)
-        token = 0x7FFFFFFF - (best & 0x7FFFFFFF)
+        token = _token(best)
         if m == 1:
-            known = tl.load(after)
+            tl.store(draft - 1, tl.load(first + b))
+            known = tl.load(after + b)
             token = tl.where(known >= 0, known, token)
             sure = tl.where(known >= 0, 1.0, sure)
         tl.store(draft, token)
-        tl.store(confidence, sure)
+        tl.store(confidence + at, sure)
         for rank in tl.static_range(MORE):
-            keys = tl.where(keys == best, -0x7FFFFFFFFFFFFFFF, keys)
+            keys = _without(keys, best)
             best = tl.max(keys, 0)
-            tl.store(alternatives + rank, 0x7FFFFFFF - (best & 0x7FFFFFFF))
+            tl.store(alternatives + at * MORE + rank, _token(best))
 
     @triton.jit
     def _chunk_best(logits, keys, sums, vocabulary, KEPT: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr):
@@ -565,12 +578,12 @@ if triton is not None:
         id = chunk * ROWS + tl.arange(0, ROWS)
         value = tl.load(logits + row * vocabulary + id, mask=id < vocabulary, other=float("-inf")).to(tl.float32)
         tl.store(sums + row * tl.num_programs(0) + chunk, tl.sum(tl.exp(value - tl.max(value, 0)), 0))
-        found = _key(value, id)
+        found = tl.where(id < vocabulary, _key(value, id), _nothing())
         at = keys + (row * tl.num_programs(0) + chunk) * KEPT
         for rank in tl.static_range(KEPT):
             best = tl.max(found, 0)
             tl.store(at + rank, best)
-            found = tl.where(found == best, -0x7FFFFFFFFFFFFFFF, found)
+            found = _without(found, best)
 
     @triton.jit
     def _pick(
@@ -588,23 +601,18 @@ if triton is not None:
         PDL: tl.constexpr,
     ):
         """A draft from the best keys of all chunks of its row."""
-        m, b, length = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
         if PDL:
             tl.extra.cuda.gdc_launch_dependents()
             tl.extra.cuda.gdc_wait()
-        if m == 0:
-            tl.store(drafts + b * length, tl.load(first + b))
-        else:
-            at = (b * (length - 1) + m - 1).to(tl.int64)
-            k = tl.arange(0, KEYS)
-            found = tl.load(keys + at * chunks * KEPT + k, mask=k < chunks * KEPT, other=-0x7FFFFFFFFFFFFFFF)
-            c = tl.arange(0, CHUNKS)
-            highest = _value(tl.load(keys + (at * chunks + c) * KEPT, mask=c < chunks, other=0))
-            part = tl.load(sums + at * chunks + c, mask=c < chunks, other=0.0)
-            top = _value(tl.max(found, 0))
-            sure = 1 / tl.sum(tl.where(c < chunks, part * tl.exp(highest - top), 0.0), 0)
-            more = alternatives + at * (KEPT - 1)
-            _store_draft(found, sure, m, after + b, drafts + b * length + m, confidence + at, more, KEPT - 1)
+        at = _place() * chunks
+        k = tl.arange(0, KEYS)
+        found = tl.load(keys + at * KEPT + k, mask=k < chunks * KEPT, other=_nothing())
+        c = tl.arange(0, CHUNKS)
+        highest = _value(tl.load(keys + (at + c) * KEPT, mask=c < chunks, other=0))
+        part = tl.load(sums + at + c, mask=c < chunks, other=0.0)
+        top = _value(tl.max(found, 0))
+        sure = 1 / tl.sum(tl.where(c < chunks, part * tl.exp(highest - top), 0.0), 0)
+        _store_draft(found, sure, first, after, drafts, confidence, alternatives, KEPT - 1)
 
     @triton.jit
     def _value(key):

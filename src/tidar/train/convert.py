@@ -30,7 +30,7 @@ from tidar.train.config import TrainConfig
 from tidar.train.conversion import Conversion, LossOptions
 from tidar.train.data import Packed, pack
 from tidar.train.measure import measure, read_measure_prompts
-from tidar.train.prepare import Sources, answer_prompts, encode_given, model_card, packed_facts, report_packed
+from tidar.train.prepare import Sources, answer_prompts, encode_given, model_card, packed_facts, recalled, report_packed
 from tidar.train.provenance import provenance
 from tidar.train.samples import Samples, load_samples
 from tidar.train.selfgen import TEMPERATURES, Generation
@@ -269,7 +269,7 @@ def _samples(
     if named is not None and named.exists():
         stored = load_samples(named, card)
         if not (stored.origin.interrupted and config.data and config.self_generate):
-            return stored.samples, {"files": [], "answers": f"read from {named.name}"}
+            return recalled(stored, sources).samples, {"files": [], "answers": f"read from {named.name}"}
     files = [source_name(name) for name in sources.names]
     main = PartialState().is_main_process
     if config.self_generate:

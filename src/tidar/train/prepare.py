@@ -44,9 +44,7 @@ def encode_given(model: TidarModel, sources: Sources, path: Path) -> Stored:
     assert model.tokenizer is not None
     card, key = model_card(model), _sources_key(sources, model)
     if (stored := stored_if(path, card, key)) is not None:
-        sources.bad.count, sources.bad.examples = stored.origin.bad_rows, list(stored.origin.bad_examples)
-        _say(sources.bad.report())
-        return stored
+        return recalled(stored, sources)
     encoder = Encoder(model.tokenizer)
     with SampleWriter(path, card) as writer:
         for name in sources.names:
@@ -63,6 +61,13 @@ def encode_given(model: TidarModel, sources: Sources, path: Path) -> Stored:
         bad = sources.bad
         writer.finish(Origin(key, bad_rows=bad.count, bad_examples=tuple(bad.examples)))
     return load_samples(path, card)
+
+
+def recalled(stored: Stored, sources: Sources) -> Stored:
+    """`stored`, and what was said of the rows when it was made."""
+    sources.bad.count, sources.bad.examples = stored.origin.bad_rows, list(stored.origin.bad_examples)
+    _say(sources.bad.report())
+    return stored
 
 
 @dataclass(frozen=True)
