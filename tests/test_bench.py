@@ -50,6 +50,30 @@ def test_slots_are_measured_written_and_drawn(run, folder, tmp_path, monkeypatch
     assert {"command", "device", "dtype", "commit", "torch"} <= result["conditions"].keys()
 
 
+def test_training_is_measured_and_written(run, folder, tmp_path):
+    out = tmp_path / "train"
+    sizes = ("--sequence-length", 32, "--accumulate", 1, "--steps", 8, "--block-size", 4, "--device", "cpu")
+    code, shown, _ = run("bench", "train", "--model", folder, "--out", out, *sizes)
+    assert code == 0
+    assert "time a token" in shown
+    rows = json.loads(out.with_name("train.json").read_text())["rows"]
+    assert [row["objective"] for row in rows] == ["ar", "paper", "lossless"]
+    assert rows[0]["time_per_token"] == 1
+    assert all(row["tokens_per_second"] > 0 and row["peak_memory_gib"] > 0 for row in rows)
+    assert rows[1]["model_mflop_per_token"] > 1.9 * rows[0]["model_mflop_per_token"]
+    assert not any(path.is_dir() for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [(("--objective", "guess"), "objective"), (("--steps", 4), "steps"), (("--batch-size", 0), "batch")],
+)
+def test_training_that_cannot_be_measured_is_one_line(options, word, run, folder, tmp_path):
+    code, _, errors = run("bench", "train", "--model", folder, "--out", tmp_path / "train", *options)
+    assert code == 2
+    assert word in errors
+
+
 def test_speed_is_measured_written_and_drawn(run, folder, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "what?"}\n{"prompt": "why, and how?"}\n{"prompt": "left out"}\n')

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,10 +13,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tidar.bench import shapes, slots, speed
+from tidar.bench import shapes, slots, speed, training
 from tidar.cli import options as o
 from tidar.errors import TidarError
 from tidar.prompts import Prompt, read_prompts
+from tidar.train.config import TrainConfig
 
 app = typer.Typer(help="Measure this machine.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -95,6 +97,52 @@ def bench_speed(
         Console().print(table)
 
 
+@app.command("train")
+def bench_train(
+    model: Annotated[str, typer.Option(help=f"A model, or one of {', '.join(shapes.RANDOM)}.")] = "smollm2-135m",
+    objective: Annotated[
+        list[str] | None, typer.Option(help="Objectives of `tidar train` (repeatable) [default: ar paper lossless].")
+    ] = None,
+    sequence_length: Annotated[int, typer.Option(help="Tokens in a row.")] = 4096,
+    batch_size: Annotated[int, typer.Option(help="Rows in a batch.")] = 1,
+    accumulate: Annotated[int, typer.Option(help="Batches a step.")] = 4,
+    steps: Annotated[int, typer.Option(help="Optimizer steps; the first quarter, which compiles, is left out.")] = 16,
+    block_size: Annotated[int, typer.Option(help="K, tokens in a mask block.")] = 8,
+    anchors: Annotated[int, typer.Option(help="Mask blocks a row; 0 for sequence length / block size.")] = 0,
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Run each layer twice to save memory.")] = False,
+    out: Out = Path("train"),
+    device: o.Device = None,
+) -> None:
+    """Measure training on random rows: tokens/s, MFU and memory, objective beside objective."""
+    config = TrainConfig(
+        model=model,
+        output=out,
+        steps=steps,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        sequence_length=sequence_length,
+        block_size=block_size,
+        anchors=anchors,
+        gradient_checkpointing=gradient_checkpointing,
+        device=device,
+    )
+    objectives = objective or ["ar", "paper", "lossless"]
+    for name in objectives:
+        replace(config, objective=name).check_options()
+    if steps < 2 * training.LOGS:
+        raise TidarError(f"steps is {steps}, but must be at least {2 * training.LOGS}")
+    _writable(out)
+    result = _kept(training.measure(config, objectives), out)
+    table = Table(
+        "objective", "tokens/s", "time a token", "MFU", "peak GiB", title=f"{model}, {sequence_length:,} tokens"
+    )
+    for row in result["rows"]:
+        mfu = f"{row['mfu']:.0%}" if "mfu" in row else ""
+        times = f"{row['tokens_per_second']:,.0f}", f"{row['time_per_token']:.2f}"
+        table.add_row(row["objective"], *times, mfu, f"{row['peak_memory_gib']:.1f}")
+    Console().print(table)
+
+
 def read_set(text: str) -> tuple[str, list[Prompt]]:
     """NAME=FILE[:FIRST_N] as a name and its prompts."""
     name, _, rest = text.partition("=")
@@ -123,5 +171,5 @@ def _kept(results: Iterator[dict[str, Any]], out: Path) -> dict[str, Any]:
     for result in results:
         partial.write_text(json.dumps(result, indent=1) + "\n")
         partial.replace(path)
-    print(f"wrote {path} and {_named(out, '.png')}", file=sys.stderr)
+    print(f"wrote {path}", file=sys.stderr)
     return result

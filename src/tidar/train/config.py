@@ -159,6 +159,15 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raise TidarError for options that cannot be meant, before anything is loaded or generated."""
+        self.check_options()
+        self._check_data()
+        self._check_measuring()
+        self._check_resuming()
+        if self.output.is_file():
+            raise TidarError(f"{self.output} is a file; --output names a folder")
+
+    def check_options(self) -> None:
+        """The part of `check` that asks for no file."""
         require_choice("objective", self.objective, get_args(Objective))
         require_choice("block-attention", self.block_attention, get_args(BlockAttention))
         for name, choices in CHOICES.items():
@@ -193,13 +202,8 @@ class TrainConfig:
         self._require("report_to", self.report_to in REPORTERS, f"one of {', '.join(REPORTERS)}")
         if self.report_to != "none" and find_spec(self.report_to) is None:
             raise TidarError(f"report-to is {self.report_to!r}, which is not installed: pip install {self.report_to}")
-        self._check_data()
-        self._check_measuring()
-        self._check_resuming()
         if self.sequence_length < 2 * self.block_size:
             raise TidarError(f"sequence-length {self.sequence_length} is too short for blocks of {self.block_size}")
-        if self.output.is_file():
-            raise TidarError(f"{self.output} is a file; --output names a folder")
 
     def _check_data(self) -> None:
         if self.answers is not None and self.answers.exists():

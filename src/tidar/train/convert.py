@@ -23,6 +23,7 @@ from tidar.errors import TidarError
 from tidar.model import hub
 from tidar.model.compat import probe
 from tidar.model.drafter import Drafter, DrafterSpec
+from tidar.model.network import Network
 from tidar.sources import BadRows, Reading, source_name
 from tidar.train.card import card
 from tidar.train.checkpoint import Cursor, digest
@@ -69,7 +70,7 @@ def convert(config: TrainConfig) -> TidarModel:
     done = 0
     if checkpoint is not None:
         cursor, done = cursor.at(checkpoint), _steps_done(checkpoint, config)
-    module = prepare_module(config, model)
+    module = prepare_module(config, model.network)
     with named_once(model.network.drafter):
         if config.fsdp:
             shard(module, trains_in_bf16(config, model.network.device))
@@ -93,12 +94,12 @@ def convert(config: TrainConfig) -> TidarModel:
     return model
 
 
-def prepare_module(config: TrainConfig, model: TidarModel) -> Conversion:
-    """The module that trains the model's network."""
+def prepare_module(config: TrainConfig, network: Network) -> Conversion:
+    """The module that trains the network."""
     return Conversion(
-        model.network,
+        network,
         loss_options(config),
-        compiled=model.network.device.type == "cuda" if config.compiled is None else config.compiled,
+        compiled=network.device.type == "cuda" if config.compiled is None else config.compiled,
         gradient_checkpointing=config.gradient_checkpointing,
     )
 
@@ -181,28 +182,40 @@ def _refuse_non_finite(module: Conversion, trainer: ConversionTrainer) -> None:
 
 def prepare_model(config: TrainConfig) -> TidarModel:
     """The plain base model, in the precision that the objective trains it in."""
-    cuda = hub.resolve_device(config.device).type == "cuda"
-    # Frozen base weights can be bf16; weights that train need float32 masters (autocast does the rest).
-    dtype = "bfloat16" if cuda and config.objective == "lossless" else "float32"
+    dtype = training_dtype(config)
     model = TidarModel.from_pretrained(config.model, drafter="none", device=config.device, dtype=dtype)
     if model.tokenizer is None:
         raise TidarError(f"{config.model} has no tokenizer, so training data cannot be encoded")
     return model
 
 
+def training_dtype(config: TrainConfig) -> str:
+    """Frozen base weights can be bf16; weights that train need float32 masters (autocast does the rest)."""
+    cuda = hub.resolve_device(config.device).type == "cuda"
+    return "bfloat16" if cuda and config.objective == "lossless" else "float32"
+
+
 def install_conversion(config: TrainConfig, model: TidarModel) -> None:
-    """Give the network what its objective trains: a gated drafter, or a mask token and free weights."""
-    network = model.network
+    """Give the network what its objective trains, and try whether it can. Raises TidarError if not."""
+    set_up(config, model.network, free_mask_token(model) if needs_mask_token(config) else None)
+    probe(config.model, model.network)
+
+
+def needs_mask_token(config: TrainConfig) -> bool:
+    """Whether masks are an entry of the vocabulary; `lossless` learns an embedding instead, `ar` has none."""
+    return config.objective in ("paper", "block-diffusion")
+
+
+def set_up(config: TrainConfig, network: Network, mask: int | None) -> None:
+    """A gated drafter, or free weights and a mask token."""
     if config.objective == "lossless":
         spec = DrafterSpec(config.rank, config.alpha, config.target_modules, config.sampler_width)
         network.drafter = Drafter(network.lm, spec)
     else:
         network.lm.requires_grad_(True)
-    mask = free_mask_token(model) if config.objective in ("paper", "block-diffusion") else None
     network.config = TidarConfig(
         config.block_size, cast(Objective, config.objective), mask, cast(BlockAttention, config.block_attention)
     )
-    probe(config.model, network)
 
 
 def free_mask_token(model: TidarModel) -> int:
