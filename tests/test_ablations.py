@@ -53,6 +53,7 @@ def test_a_run_is_trained_once_and_measured_by_decoding(tmp_path):
     assert first["fields"]["loss"] == "hard"
     assert [row["draft_length"] for row in second["rows"]] == [2, 4, 8]
     assert all(row["tokens_per_forward"] >= 1 for row in second["rows"])
+    assert second["training"]["seconds"] > 0
     assert second["choices"]["items"]["items"] == 1
 
 

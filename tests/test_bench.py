@@ -60,7 +60,7 @@ def test_training_is_measured_and_written(run, folder, tmp_path):
     assert [row["objective"] for row in rows] == ["ar", "paper", "lossless"]
     assert rows[0]["time_per_token"] == 1
     assert all(row["tokens_per_second"] > 0 and row["peak_memory_gib"] > 0 for row in rows)
-    assert rows[1]["model_mflop_per_token"] > 1.9 * rows[0]["model_mflop_per_token"]
+    assert rows[1]["model_mflop_per_token"] > 1.8 * rows[0]["model_mflop_per_token"]
     assert not any(path.is_dir() for path in tmp_path.iterdir())
 
 

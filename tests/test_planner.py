@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tidar.decode.planner import (
     LOOK,
     LOOK_AGAIN,
     LOOK_AGAIN_MOST,
+    LOOK_SHARE,
     MARGIN,
     MEMORY,
     PRIOR,
@@ -147,19 +149,38 @@ def looks(plans: list[Plan]) -> list[tuple[bool, int]]:
     return [(drafting, len(list(run))) for drafting, run in itertools.groupby(plan.drafting for plan in plans)]
 
 
-def test_plain_decoding_where_drafts_do_not_pay_with_rarer_and_rarer_looks():
-    planner = planner_with({shape: 1.0 if shape[0] == 1 else 10.0 for shape in SHAPES})
-    wanted, pause = [], LOOK_AGAIN
-    while sum(count for _, count in wanted) < 6000:
-        wanted += [(False, pause), (True, LOOK)]
-        pause = min(2 * pause, LOOK_AGAIN_MOST)
+@pytest.mark.parametrize("cost", [3.8, 10.0])
+def test_plain_decoding_where_drafts_do_not_pay_with_rarer_and_rarer_looks(cost):
+    planner = planner_with({shape: 1.0 if shape[0] == 1 else cost for shape in SHAPES})
+    gain = max(expected_tokens([PRIOR] * 15, SHAPES))  # nothing is observed
+    afford = math.ceil((LOOK * cost - 1 - (LOOK - 1) * gain) / LOOK_SHARE)
+    wanted, patience = [], LOOK_AGAIN
+    while sum(count for _, count in wanted) < 9000:
+        wanted += [(False, max(patience, afford)), (True, LOOK)]
+        patience = min(2 * patience, LOOK_AGAIN_MOST)
     total = sum(count for _, count in wanted)
     assert looks([planner.choose(1) for _ in range(total)]) == wanted
-    assert (False, LOOK_AGAIN_MOST) in wanted
+    assert ((False, LOOK_AGAIN_MOST) in wanted) == (cost < 10)
+
+
+def test_looks_lose_no_more_than_their_share():
+    planner = planner_with({(1, 0): 1.0, (8, 8): 4.0})
+    planner.acceptance.stood = [0.0] * 15
+    plans = [planner.choose(1) for _ in range(20_000)]
+    drafting = sum(plan.drafting for plan in plans)
+    assert 0 < 3 * drafting < 1.01 * LOOK_SHARE * len(plans)  # each gains one token and costs four forwards
+
+
+def test_where_no_drafting_can_pay_there_are_no_looks(monkeypatch):
+    planner = planner_with({(1, 0): 1.0})
+    asked = []
+    monkeypatch.setattr(planner, "_rates", lambda rows, own=planner._rates: asked.append(rows) or own(rows))
+    assert not any(planner.choose(1).drafting for _ in range(2000))
+    assert len(asked) < 10
 
 
 def test_a_look_that_finds_good_drafts_ends_plain_decoding():
-    planner = planner_with({(1, 0): 1.0, (8, 8): 2.0})
+    planner = planner_with({(1, 0): 1.0, (8, 8): 1.1})
     planner.acceptance.stood = [0.0] * 15
     assert looks([planner.choose(1) for _ in range(LOOK_AGAIN)]) == [(False, LOOK_AGAIN)]
     for _ in range(40):

@@ -8,6 +8,7 @@ not pay, and looks again now and then.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -43,6 +44,8 @@ MARGIN = 1.05
 have errors, and a plan that is new to a batch size has its graph captured first."""
 LOOK_AGAIN, LOOK_AGAIN_MOST = 64, 1024
 """Plain steps before the first look at whether drafting pays after all; twice as many after each look that says no."""
+LOOK_SHARE = 0.01
+"""Share of the time that looks may lose, by what is known: the dearer one is, the longer until it comes."""
 MOST_LEARNED = 64
 """Sampling parameters whose acceptance is kept; a server may be asked for any number of temperatures."""
 LOOK = 4
@@ -150,9 +153,9 @@ class Acceptance:
 
 @dataclass
 class Pause:
-    """Plain decoding of a batch size: forwards until the next look at drafting, and after that, should it fail."""
+    """Plain decoding of a batch size: forwards since the last look at drafting, and the fewest until the next."""
 
-    rest: int = LOOK_AGAIN
+    since: int = 0
     patience: int = LOOK_AGAIN
 
 
@@ -226,7 +229,7 @@ class AutoPlanner:
             self._turn()
         self._left, self._age = self._left - 1, self._age + 1
         if not self._plan.drafting:
-            self._pause.rest -= 1
+            self._pause.since += 1
         return self._plan
 
     @property
@@ -251,14 +254,13 @@ class AutoPlanner:
 
     def _turn(self) -> None:
         """What comes when a plan has had its time: after plain decoding a look at drafting, else another choice."""
-        looked = self._plan != self._running
-        if not looked and not self._running.drafting:
-            rates = {plan: rate for plan, rate in self._rates(self._size).items() if plan.drafting}
-            if rates:
-                self._plan, self._left = max(rates, key=lambda plan: rates[plan]), LOOK
+        if self._plan != self._running:
+            self._pause.patience = min(2 * self._pause.patience, LOOK_AGAIN_MOST)
+        elif not self._running.drafting:
+            look, wait = self._next_look()
+            if look is not None and wait <= 0:
+                self._plan, self._left, self._pause.since = look, LOOK, 0
                 return
-        if looked:
-            self._pause.patience = self._pause.rest = min(2 * self._pause.patience, LOOK_AGAIN_MOST)
         self._settle()
 
     def _settle(self) -> None:
@@ -268,4 +270,15 @@ class AutoPlanner:
             self.learned.pauses.pop(self._size, None)
             self._left = min(max(self._age, 4), THINK_AGAIN)
         else:
-            self._left = max(1, self._pause.rest)
+            self._left = max(1, self._next_look()[1])
+
+    def _next_look(self) -> tuple[Plan | None, int]:
+        """What to look at after plain decoding (None if nothing can pay), and how many more plain forwards before."""
+        seconds, rates = dict(self.costs[self._size]), self._rates(self._size)
+        plain = next(plan for plan in rates if not plan.drafting)
+        best = max((plan for plan in rates if plan.drafting), key=lambda plan: rates[plan], default=None)
+        if best is None:
+            return None, LOOK_AGAIN_MOST
+        gained = 1 + (LOOK - 1) * rates[best] * seconds[best]
+        lost = LOOK * seconds[best] / seconds[plain] - gained  # in plain forwards
+        return best, max(self._pause.patience, math.ceil(lost / LOOK_SHARE)) - self._pause.since

@@ -9,10 +9,6 @@ from torch import Tensor
 
 from tidar.kernels.launch import options, tl, triton
 
-WIDEST, MOST_TOKENS, RANK_PART = 1024, 128, 8
-"""Up to this width and so many tokens the norm's kernel adds the LoRA term itself, some ranks at a time: every token
-reads all of B then, and not by matrix products, which costs more than the launch it saves where there is much to do."""
-
 
 class LowRank(NamedTuple):
     """A gated LoRA whose A lies under a base projection: the projection's columns from `start` on are A(x).
@@ -84,12 +80,9 @@ def add_norm(
         the new residual stream and its normalised form, both [T, H].
     """
     tokens, width = hidden.shape
-    if partial is None or clean >= slots:
-        low_rank = None
-    if low_rank is not None and (width > WIDEST or tokens > MOST_TOKENS):
+    if low_rank is not None and partial is not None and clean < slots:
         # A matrix product wants tiles of tokens, a norm wants whole rows: two kernels.
         hidden, partial, bias = _residual_sum(hidden, partial, low_rank, slots, clean, bias), None, None
-        low_rank = None
     out, normed = torch.empty_like(hidden) if partial is not None else hidden, torch.empty_like(hidden)
     block = triton.next_power_of_2(width)
     _add_norm[(tokens,)](
@@ -97,22 +90,16 @@ def add_norm(
         partial if partial is not None else hidden,
         weight,
         bias if bias is not None else weight,
-        low_rank.b if low_rank is not None else weight,
         out,
         normed,
         width,
         partial.shape[2] if partial is not None else 0,
-        low_rank.start if low_rank is not None else 0,
-        slots,
-        clean,
         eps,
         tokens,
         SPLIT=partial.shape[0] if partial is not None else 0,
-        RANK=len(low_rank.b) if low_rank is not None else 0,
-        PART=RANK_PART,
         BIAS=bias is not None,
         BLOCK=block,
-        num_warps=min(8, max(1, block // (512 if low_rank is None else 128))),
+        num_warps=min(8, max(1, block // 512)),
         **options(hidden.device),
     )
     return out, normed
@@ -205,19 +192,13 @@ if triton is not None:
         partial,
         weight,
         bias,
-        lora_b,
         out,
         normed,
         width,
         stride,
-        start,
-        slots,
-        clean,
         eps,
         tokens,
         SPLIT: tl.constexpr,
-        RANK: tl.constexpr,
-        PART: tl.constexpr,
         BIAS: tl.constexpr,
         BLOCK: tl.constexpr,
         PDL: tl.constexpr,
@@ -240,17 +221,6 @@ if triton is not None:
                 delta += tl.load(y + part * tokens * stride + column, mask=inside, other=0.0).to(tl.float32)
             if BIAS:
                 delta += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-            if RANK:
-                if token % slots >= clean:
-                    for at in tl.static_range(0, RANK, PART):
-                        r = at + tl.arange(0, PART)
-                        a = tl.zeros((PART,), tl.float32)
-                        for part in tl.static_range(SPLIT):
-                            of = y + part * tokens * stride + start
-                            a += tl.load(of + r, mask=r < RANK, other=0.0).to(tl.float32)
-                        real = (r < RANK)[:, None] & inside[None, :]
-                        b = tl.load(lora_b + r[:, None] * width + column[None, :], mask=real, other=0.0)
-                        delta += tl.sum(b.to(tl.float32) * a.to(kind).to(tl.float32)[:, None], 0)
             h = (h + delta).to(kind).to(tl.float32)
             tl.store(out + token * width + column, h.to(kind), mask=inside)
         x = (h * tl.rsqrt(tl.sum(h * h, 0) / width + eps)).to(kind)
