@@ -6,7 +6,8 @@
         --choices hellaswag=hellaswag_val.jsonl:500 --choices arc_easy=arc_easy_test.jsonl:500
 
 A run that is in several groups is trained once. Results are written as they come, and what is in the folder already is
-neither trained nor measured again, so an interrupted job goes on. Tokens per forward come from the real decoder (see recipes/smollm2-135m/measure.py).
+neither trained nor measured again, so an interrupted job goes on. Tokens per forward come from the real decoder (see
+recipes/smollm2-135m/measure.py).
 """
 
 from __future__ import annotations
