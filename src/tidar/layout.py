@@ -45,6 +45,7 @@ class Layout:
         clean: number of clean tokens.
         block_size: K, mask tokens a block.
         prefix: [B] tokens already in the KV cache, each visible to every token of the row.
+        one_chain: the clean tokens are one chain, each seeing all before it: plain causal attention, without a cache.
     """
 
     depth: Tensor
@@ -54,6 +55,7 @@ class Layout:
     clean: int
     block_size: int
     prefix: Tensor
+    one_chain: bool = False
 
     @property
     def size(self) -> int:
@@ -80,8 +82,8 @@ class Layout:
         wide = {name: getattr(self, name).expand(batch, -1) for name in ("depth", "enter", "exit", "anchors")}
         return replace(self, prefix=prefix, **wide)
 
-    def mask_mod(self) -> MaskMod:
-        """FlexAttention predicate (batch, head, query token, key slot) -> visible.
+    def mask_mod(self, first: int = 0) -> MaskMod:
+        """FlexAttention predicate (batch, head, query token, key slot) -> visible; query 0 is token `first`.
 
         Key slot s of a row holds its cached prefix for s < prefix, then the tokens of this forward, then nothing.
         """
@@ -90,7 +92,7 @@ class Layout:
         def visible(b: Tensor, h: Tensor, q: Tensor, s: Tensor) -> Tensor:
             k = s - prefix[b]
             inside = k.clamp(0, size - 1)
-            node = enter[b, q]
+            node = enter[b, q + first]
             descends = (enter[b, inside] <= node) & (node < exit_[b, inside])
             return (k < 0) | ((k < size) & descends)
 
@@ -104,14 +106,15 @@ class Layout:
         s = torch.arange(self.size if key_slots is None else key_slots, device=device)
         return self.mask_mod()(b, torch.zeros_like(b), q, s)
 
-    def block_mask(self) -> BlockMask:
-        """FlexAttention BlockMask of a forward without a cache.
+    def block_mask(self, tokens: slice = slice(None)) -> BlockMask:
+        """FlexAttention BlockMask of `tokens` in a forward without a cache, over the keys up to the last of them.
 
         On a GPU it is made by a compiled kernel: eagerly, the predicate is evaluated as tensors of [B, N, N] integers.
         """
+        first, end, _ = tokens.indices(self.size)
         rows, device = self.depth.shape[0], self.depth.device
         create = _create_block_mask() if device.type == "cuda" else create_block_mask
-        return create(self.mask_mod(), rows, None, self.size, self.size, device=device)
+        return create(self.mask_mod(first), rows, None, end - first, end, device=device)
 
     def targets(self) -> tuple[Tensor, Tensor]:
         """What each mask should predict: (clean index [B, blocks, K], valid [B, blocks, K] bool).
@@ -154,7 +157,8 @@ def chain_layout(
     """
     index = torch.arange(clean, device=anchors.device).expand(len(anchors), clean)
     first, last = _document_bounds(index, documents)
-    return _hang_blocks(index - first, last, anchors, block_size, prefix, causal_blocks)
+    layout = _hang_blocks(index - first, last, anchors, block_size, prefix, causal_blocks)
+    return replace(layout, one_chain=documents is None)
 
 
 def block_causal_layout(clean: int, anchors: Tensor, block_size: int, documents: Tensor | None = None) -> Layout:
@@ -167,7 +171,8 @@ def block_causal_layout(clean: int, anchors: Tensor, block_size: int, documents:
     index = torch.arange(clean, device=anchors.device).expand(len(anchors), clean)
     tile_ends = index // block_size * block_size + block_size - 1
     ends = torch.minimum(tile_ends, _document_bounds(index, documents)[1])
-    return replace(layout, enter=torch.cat((layout.enter.gather(1, ends), layout.enter[:, clean:]), 1))
+    enter = torch.cat((layout.enter.gather(1, ends), layout.enter[:, clean:]), 1)
+    return replace(layout, enter=enter, one_chain=False)
 
 
 def _document_bounds(index: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:

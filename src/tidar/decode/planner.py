@@ -42,6 +42,9 @@ THINK_AGAIN = 64
 MARGIN = 1.05
 """Another plan must promise this much more than the running one, drafting as much more than plain decoding: all figures
 have errors, and a plan that is new to a batch size has its graph captured first."""
+UNEVEN = 1.15
+"""What drafting must promise more where there are several rows: they end at different times then, and places stay empty
+until others take them or the batch is halved. Plainly decoded rows keep pace with each other."""
 LOOK_AGAIN, LOOK_AGAIN_MOST = 64, 1024
 """Plain steps before the first look at whether drafting pays after all; twice as many after each look that says no."""
 LOOK_SHARE = 0.01
@@ -241,9 +244,10 @@ class AutoPlanner:
         rates = self._rates(rows)
         plain = next(plan for plan in rates if not plan.drafting)
         best, running = max(rates, key=lambda plan: rates[plan]), self._running
-        if running.drafting and rates[plain] < rates.get(running, 0.0) >= rates[best] / MARGIN:
+        least = rates[plain] * (UNEVEN if rows > 1 else 1)
+        if running.drafting and least < rates.get(running, 0.0) >= rates[best] / MARGIN:
             return running
-        return best if rates[best] > MARGIN * rates[plain] else plain
+        return best if rates[best] > MARGIN * least else plain
 
     def _rates(self, rows: int) -> dict[Plan, float]:
         """Expected tokens per second of every plan that can pay."""

@@ -22,7 +22,7 @@ from tidar.decode.step import Plan, State, StepResult, pack_prompts, prefill, pr
 from tidar.layout import prefill_layout
 from tidar.model.network import Network
 
-FUSED_ERROR, FUSED_ERROR_16_BIT = 1e-3, 0.05
+FUSED_ERROR, FUSED_ERROR_16_BIT = 1e-3, 0.1
 """Relative difference of the median final state that rounding explains."""
 MOST_GRAPHS = 256
 """Captured graphs that are kept; a server may be asked for any number of temperatures."""

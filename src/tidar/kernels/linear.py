@@ -101,9 +101,13 @@ def choose_quantised(tokens: int, out: int, inner: int) -> Tiling | None:
     """The same for weights of eight bits; None from where they are better multiplied out for cuBLAS, as in prefills."""
     if tokens > 272:
         return None
-    if tokens > 128:  # rows of weights for two groups of warps, so that the sums fit their registers
-        return Tiling(128, 64, _split(tokens, -(-out // 128), inner), 8, 4)
-    return Tiling(64, 128, _split(tokens, -(-out // 64), inner), 4, 4)
+    # Half the bytes a tile: more of them must be under way to keep the memory busy.
+    least = 2 if inner >= 1024 else 1
+    if tokens > 192:  # rows of weights for two groups of warps, so that the sums fit their registers
+        return Tiling(128, 64, max(least, _split(tokens, -(-out // 128), inner)), 8, 3)
+    if tokens > 128:
+        return Tiling(64, 64, _split(tokens, -(-out // 64), inner), 4, 4)
+    return Tiling(64, 128, max(least if tokens <= 16 else 1, _split(tokens, -(-out // 64), inner)), 4, 4)
 
 
 def _split(tokens: int, tiles: int, inner: int) -> int:

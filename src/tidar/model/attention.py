@@ -6,6 +6,8 @@ model loaded with `attn_implementation="tidar"` is also an ordinary causal LM.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +21,32 @@ from transformers.masking_utils import sdpa_mask
 NAME = "tidar"
 
 
+class _Halves:
+    """Which half of a forward in two halves is running: "clean" keeps its keys and values, "blocks" sees them too."""
+
+    running: str | None = None
+
+
+_halves = _Halves()
+
+
+@contextmanager
+def half(name: str | None) -> Iterator[None]:
+    """Run one half of a forward; None, as ever, a whole one."""
+    before, _halves.running = _halves.running, name
+    try:
+        yield
+    finally:
+        _halves.running = before
+
+
+def forget(model: nn.Module) -> None:
+    """Give back the memory of what clean halves have kept."""
+    for module in model.modules():
+        module.__dict__.pop("clean_key", None)
+        module.__dict__.pop("clean_value", None)
+
+
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -29,6 +57,11 @@ def attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of query [B, H, N, D] over key and value [B, H_kv, S, D]; returns ([B, N, H, D], None)."""
+    if _halves.running == "clean":
+        module.clean_key, module.clean_value = key, value
+    elif _halves.running == "blocks":
+        kept: Any = module
+        key, value = torch.cat((kept.clean_key, key), 2), torch.cat((kept.clean_value, value), 2)
     if attention_mask is None:
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)
     if isinstance(attention_mask, BlockMask):

@@ -61,16 +61,10 @@ class GatedLinear(nn.Linear):
             )
         if start >= x.shape[1]:
             return F.linear(x, self.weight, self.bias)
-        clean, masks = x[:, :start], x[:, start:]
+        y, masks = F.linear(x, self.weight, self.bias), x[:, start:]
         low_rank = F.linear(masks, self.lora_A.weight.to(x.dtype))
         delta = F.linear(low_rank, self.lora_B.weight.to(x.dtype)) * self.scaling
-        if torch.is_grad_enabled() and not self.weight.requires_grad:
-            # Clean tokens depend on nothing that trains, but share tensors with masks, which do: a product of their
-            # own, cut off here, spares them the backward pass.
-            y = F.linear(clean.detach(), self.weight, self.bias), F.linear(masks, self.weight, self.bias)
-        else:
-            y = F.linear(x, self.weight, self.bias).split((start, masks.shape[1]), 1)
-        return torch.cat((y[0], y[1] + delta), dim=1)
+        return y + delta if start == 0 else torch.cat((y[:, :start], y[:, start:] + delta), dim=1)
 
 
 def lora_targets(backbone: nn.Module, names: list[str] | None) -> list[str]:

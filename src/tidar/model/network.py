@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,11 +14,13 @@ from transformers import PreTrainedModel
 from tidar.config import TidarConfig
 from tidar.errors import TidarError
 from tidar.layout import Layout
+from tidar.model.attention import half
 from tidar.model.drafter import Drafter
 from tidar.model.fused import FusedBackbone, fusable, fuse
 from tidar.model.packed import PackedBackbone
 from tidar.model.quantised import check_kind, kernel_reads, quantise_model
 
+Mask = Tensor | BlockMask
 MASKED = -1
 """Stands for a mask among the token ids of a block."""
 
@@ -134,7 +136,7 @@ class Network(nn.Module):
         ids: Tensor,
         layout: Layout,
         cache: object | None = None,
-        mask: Tensor | BlockMask | None = None,
+        mask: Mask | None = None,
         fused: bool = False,
         block_ids: Tensor | None = None,
     ) -> Tensor:
@@ -152,26 +154,68 @@ class Network(nn.Module):
             [B, N, H] final hidden states; the first `layout.clean` are the causal model's own.
         """
         embedded = self.embed(ids)
-        masks = layout.size - layout.clean
-        if masks:
-            tail = self.mask_vector().to(embedded.dtype).expand(len(ids), masks, -1)
-            if block_ids is not None:
-                tail = torch.where(block_ids[..., None] == MASKED, tail, self.embed(block_ids.clamp(min=0)))
-            embedded = torch.cat((embedded, tail), 1)
-        position = layout.position
-        if self.max_positions is not None:
-            # Masks (and drafts not yet judged) may stand past the context's end; no token there is ever committed.
-            position = position.clamp(max=self.max_positions - 1)
+        if layout.size > layout.clean:
+            embedded = torch.cat((embedded, self._embed_blocks(layout, embedded, block_ids)), 1)
+        position = self._position(layout)
         if self.fused is not None and fused and layout.size <= self.fused.most_slots:
             return self.fused(embedded, layout, position, cache)
-        if mask is None:
+        if mask is None and not (cache is None and layout.one_chain and layout.size == layout.clean):
             mask = layout.dense_mask(None if cache is None else cache.width)  # type: ignore[attr-defined]
-        with self.drafter.gate.opened(layout.clean) if self.drafter is not None else nullcontext():
-            output = self.backbone(
-                inputs_embeds=embedded,
-                attention_mask=mask,
-                position_ids=position,
-                past_key_values=cache,
-                use_cache=cache is not None,
-            )
+        with self._gate(layout.clean):
+            return self._run(embedded, mask, position, cache)
+
+    def halves(
+        self,
+        ids: Tensor,
+        layout: Layout,
+        masks: tuple[Mask | None, Mask] | None = None,
+        block_ids: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """What `forward` gives, without a cache, where only the drafter trains: clean tokens see nothing that it does.
+
+        So they run first, without a gradient and with nothing kept for one but keys and values; then the blocks do.
+
+        Args:
+            ids, layout, block_ids: see `forward`; there must be blocks.
+            masks: of the clean tokens (None where they are one chain) and of the blocks, for FlexAttention.
+
+        Returns:
+            final hidden states of the clean tokens [B, clean, H], detached, and of the blocks [B, blocks * K, H].
+        """
+        clean, position = layout.clean, self._position(layout)
+        if masks is None:
+            dense = layout.dense_mask()
+            masks = None if layout.one_chain else dense[:, :, :clean, :clean], dense[:, :, clean:]
+        with torch.no_grad(), half("clean"):
+            embedded = self.embed(ids)
+            states = self._run(embedded, masks[0], position[:, :clean])
+        with half("blocks"), self._gate(0):
+            blocks = self._embed_blocks(layout, embedded, block_ids).contiguous()  # or layers compile once more
+            return states, self._run(blocks, masks[1], position[:, clean:])
+
+    def _embed_blocks(self, layout: Layout, like: Tensor, block_ids: Tensor | None) -> Tensor:
+        """[B, blocks * K, H]: the mask vector, or tokens that blocks show."""
+        tail = self.mask_vector().to(like.dtype).expand(len(like), layout.size - layout.clean, -1)
+        if block_ids is None:
+            return tail
+        return torch.where(block_ids[..., None] == MASKED, tail, self.embed(block_ids.clamp(min=0)))
+
+    def _position(self, layout: Layout) -> Tensor:
+        if self.max_positions is None:
+            return layout.position
+        # Masks (and drafts not yet judged) may stand past the context's end; no token there is ever committed.
+        return layout.position.clamp(max=self.max_positions - 1)
+
+    def _gate(self, start: int) -> AbstractContextManager[None]:
+        return nullcontext() if self.drafter is None else self.drafter.gate.opened(start)
+
+    def _run(self, embedded: Tensor, mask: Mask | None, position: Tensor, cache: object | None = None) -> Tensor:
+        """The stock modules."""
+        output = self.backbone(
+            inputs_embeds=embedded,
+            attention_mask=mask,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
         return output.last_hidden_state

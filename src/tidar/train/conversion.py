@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import accumulate
 from operator import mul
 from typing import Any, NamedTuple
@@ -16,6 +16,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from tidar.config import Objective
 from tidar.errors import TidarError
 from tidar.layout import Layout, block_causal_layout, chain_layout, tiled_anchors
+from tidar.model.attention import forget, half
+from tidar.model.drafter import Drafter
 from tidar.model.network import MASKED, Network
 from tidar.train.blocks import at_targets
 from tidar.train.objective import (
@@ -109,6 +111,7 @@ class Conversion(nn.Module):
         """Back to eager layers that keep their activations: decoding has other shapes at every step."""
         for layer in decoder_layers(self.network):
             layer._compiled_call_impl = None
+        forget(self.network)
         if self.checkpointed:
             _checkpointing(self.network, "disable")()
 
@@ -124,8 +127,13 @@ class Conversion(nn.Module):
             return block_causal_layout(ids.shape[1], anchors, block, documents)
         return chain_layout(ids.shape[1], anchors, block, documents, causal_blocks=self.network.causal_blocks)
 
-    def block_mask(self, layout: Layout, batch: dict[str, Tensor]) -> BlockMask:
-        """The layout's mask for FlexAttention; made once where it is the same for all batches of a shape."""
+    def block_mask(self, layout: Layout, batch: dict[str, Tensor]) -> BlockMask | None:
+        """The layout's mask for FlexAttention; made once where it is the same for all batches of a shape.
+
+        None for plain causal attention, which needs none.
+        """
+        if layout.one_chain and not layout.blocks:
+            return None
         if "anchors" in batch or "documents" in batch:
             return layout.block_mask()
         shape = len(layout.anchors), layout.size
@@ -153,16 +161,16 @@ class Conversion(nn.Module):
         targets = self.targets(layout, batch)
         counts = self.counts(batch) if num_items_in_batch is None else num_items_in_batch
         tokens = at_targets(ids, targets.place)
-        hidden = self.network(
-            ids,
-            layout,
-            mask=self.block_mask(layout, batch) if ids.is_cuda else None,
-            block_ids=torch.where(targets.shown, tokens, MASKED).flatten(1) if "shown" in batch else None,
-        )
-        clean, masks = hidden[:, : layout.clean], hidden[:, layout.clean :]
-        blocks = masks.unflatten(1, (layout.blocks, layout.block_size))
+        shown = torch.where(targets.shown, tokens, MASKED).flatten(1) if "shown" in batch else None
         if self.objective == "lossless":
+            masks = half_masks(layout) if ids.is_cuda else None
+            clean, states = self.network.halves(ids, layout, masks, shown)
+            blocks = states.unflatten(1, (layout.blocks, layout.block_size))
             return {"loss": self._lossless(clean, blocks, tokens, targets) / counts[1].clamp(min=1)}
+        mask = self.block_mask(layout, batch) if ids.is_cuda else None
+        hidden = self.network(ids, layout, mask=mask, block_ids=shown)
+        clean, states = hidden[:, : layout.clean], hidden[:, layout.clean :]
+        blocks = states.unflatten(1, (layout.blocks, layout.block_size))
         ar_weight, diffusion_weight = self.term_weights
         ar = self._ar_sum(batch, clean) if ar_weight else hidden.new_zeros(())
         diffusion = self._diffusion_sum(clean, blocks, tokens, targets) if diffusion_weight else hidden.new_zeros(())
@@ -275,6 +283,12 @@ def teacher_states(clean: Tensor, targets: Targets) -> Tensor:
     return clean.detach().gather(1, before[..., None].expand(-1, -1, clean.shape[-1])).flatten(0, 1)
 
 
+def half_masks(layout: Layout) -> tuple[BlockMask | None, BlockMask]:
+    """Masks of the clean tokens and of the blocks for FlexAttention, see `Network.halves`."""
+    clean = None if layout.one_chain else layout.block_mask(slice(layout.clean))
+    return clean, layout.block_mask(slice(layout.clean, None))
+
+
 def decoder_layers(network: Network) -> nn.ModuleList:
     """The backbone's list of layers."""
     count = network.lm.config.get_text_config().num_hidden_layers
@@ -289,12 +303,17 @@ def checkpoint_layers(network: Network, compiled: bool) -> None:
             f"{type(network.lm).__name__} has no gradient checkpointing: leave --gradient-checkpointing out"
         )
 
+    @contextmanager
+    def again(drafter: Drafter, start: int) -> Iterator[None]:
+        with half("blocks"), drafter.gate.opened(start):
+            yield
+
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """Around a layer's first and second run: the drafter's gate is shut again when the backward pass comes."""
+        """Around a layer's first and second run: when the backward pass comes, the half that it is of is over."""
         drafter = network.drafter
         if drafter is None or drafter.gate.start is None:
             return nullcontext(), nullcontext()
-        return nullcontext(), drafter.gate.opened(drafter.gate.start)
+        return nullcontext(), again(drafter, drafter.gate.start)
 
     # Within a compiled layer the gate's place is a constant of the graph, both times, and contexts are not allowed;
     # older transformers checkpoint around the layer's call instead.
