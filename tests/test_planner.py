@@ -265,14 +265,14 @@ def test_a_prefill_drafts_only_if_the_next_forward_will():
     planner = planner_with({(1, 0): 1.0, (8, 8): 10.0})
     assert not planner.first(1).drafting
     planner = planner_with({(1, 0): 1.0, (8, 8, 5): 1.1})
-    plan = planner.choose(1)
-    assert planner.first(1) == Plan(plan.draft_length)
+    assert planner.choose(1).drafting
+    assert planner.first(1) == Plan(planner.longest.draft_length)
 
 
 def test_rows_that_end_at_different_times_must_be_worth_it():
     planner = planner_with({(1, 0): 1.0, (8, 8): 1.0})
     gain = expected_tokens([PRIOR] * 15, [(8, 8, 0)])[0]
-    for promised, alone, together in ((1.03, False, False), (1.1, True, False), (1.25, True, True)):
+    for promised, alone, together in ((1.03, False, False), (1.1, True, False), (1.35, True, True)):
         for rows in (1, 4):
             planner.costs[rows] = [(plan, gain / promised if plan.drafting else 1.0) for plan, _ in planner.costs[1]]
             assert planner.best(rows).drafting == (alone if rows == 1 else together)
