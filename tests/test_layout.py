@@ -123,6 +123,16 @@ def test_block_mask_marks_every_tile_with_something_to_see():
     assert block_mask.mask_mod(torch.tensor(0), torch.tensor(0), q, k).equal(dense[0, 0])
 
 
+@pytest.mark.parametrize("tokens", [slice(10), slice(10, None)])
+def test_a_part_of_the_block_mask_is_that_part_of_the_dense_mask(tokens):
+    layout = chain_layout(10, torch.tensor([[1, 6], [0, 8]]), 3, torch.tensor([[0] * 4 + [1] * 6, [0] * 10]))
+    first, end, _ = tokens.indices(layout.size)
+    mask = layout.block_mask(tokens)
+    assert mask.shape == (2, 1, end - first, end)
+    b, q, s = torch.arange(2)[:, None, None], torch.arange(end - first)[:, None], torch.arange(end)
+    assert mask.mask_mod(b, b, q, s).equal(layout.dense_mask()[:, 0, tokens, :end])
+
+
 def assert_drawn(mask: Tensor, picture: str) -> None:
     """`mask` [N, S] is the picture: 1 sees, . does not, ? either; spaces are for the eye."""
     drawn = picture.replace(" ", "").split()

@@ -158,6 +158,20 @@ def test_flex_attention_is_the_twin_of_dense_attention(arch):
     close(network(ids, layout, mask=layout.block_mask()), network(ids, layout), atol=1e-4, rtol=1e-4)
 
 
+@every_architecture
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@torch.no_grad()
+def test_clean_tokens_in_one_chain_need_no_mask(arch):
+    network, ids = tiny_network(arch), torch.randint(VOCABULARY, (2, 10))
+    layout = chain_layout(10, torch.tensor([[1, 6], [0, 8]]), 4)
+    assert layout.one_chain
+    whole = network(ids, layout, mask=layout.block_mask())
+    for mask in (layout.dense_mask(), layout.block_mask(slice(10, None)), None):
+        close(network(ids, layout, mask=mask), whole, atol=1e-4, rtol=1e-4)
+    alone = chain_layout(10, torch.empty(2, 0, dtype=torch.long), 4)
+    close(network(ids, alone), whole[:, :10], atol=1e-4, rtol=1e-4)
+
+
 def test_grouped_attention_is_attention():
     query, key, value = torch.randn(2, 6, 4, 8), torch.randn(2, 3, 5, 8), torch.randn(2, 3, 5, 8)
     mask = (torch.rand(2, 1, 4, 5) < 0.5) | (torch.arange(5) == 0)

@@ -56,7 +56,11 @@ def attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of query [B, H, N, D] over key and value [B, H_kv, S, D]; returns ([B, N, H, D], None)."""
+    """Attention of query [B, H, N, D] over key and value [B, H_kv, S, D]; returns ([B, N, H, D], None).
+
+    A mask may have fewer rows than there are queries: the ones before are a chain, causal among themselves. Kernels for
+    that are twice as fast as FlexAttention, and have no mask to read.
+    """
     if _halves.running == "clean":
         module.clean_key, module.clean_value = key, value
     elif _halves.running == "blocks":
@@ -64,6 +68,11 @@ def attention(
         key, value = torch.cat((kept.clean_key, key), 2), torch.cat((kept.clean_value, value), 2)
     if attention_mask is None:
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)
+    if chain := query.shape[2] - attention_mask.shape[-2]:
+        first = (x[:, :, :chain] for x in (query, key, value))
+        before, _ = sdpa_attention_forward(module, *first, None, scaling=scaling, **kwargs)
+        after, _ = attention(module, query[:, :, chain:], key, value, attention_mask, scaling, **kwargs)
+        return torch.cat((before, after), 1), None
     if isinstance(attention_mask, BlockMask):
         grouped = query.shape[1] != key.shape[1]
         output = flex_attention(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=grouped)
