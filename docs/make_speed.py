@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
+from pages import HERE, RESULTS, conditions, load, render, table
 
-HERE = Path(__file__).parent
-RESULTS = HERE.parent / "results"
 GOALS = {  # draft length, outcomes -> most AR steps a step may cost, by model
     (8, 8): {"random:qwen3-8b": 1.10, "random:qwen2.5-1.5b": 1.15},
     (16, 6): {"random:qwen3-8b": 1.15, "random:qwen2.5-1.5b": 1.20},
@@ -15,21 +11,7 @@ GOALS = {  # draft length, outcomes -> most AR steps a step may cost, by model
 }
 
 
-def load(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / name).read_text())
-
-
-def conditions(result: dict[str, Any]) -> str:
-    c = result["conditions"]
-    return f"{c['device']}, {c['dtype']}, torch {c['torch']}, commit {c['commit']}, {c['date']}: `{c['command']}`"
-
-
-def table(header: list[str], rows: list[list[object]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
-
-
-def slots(name: str, plot: str | None) -> str:
+def slots(name: str, plot: str | None = None) -> str:
     result = load(name)
     drafter = "gated drafter" if result["drafter"] else "no adapter (all-weights conversion)"
     weights = f", {result['weights']} weights" if result.get("weights") else ""
@@ -84,18 +66,7 @@ def alternatives(name: str) -> str:
     return text + table(["alternatives", *map(str, counts)], lines) + "\n"
 
 
-def main() -> None:
-    text = (HERE / "speed.in.md").read_text()
-    for line in text.splitlines():
-        if line.startswith("{slots "):
-            name, _, plot = line.removeprefix("{slots ").removesuffix("}").partition(" ")
-            text = text.replace(line, slots(name, plot or None).rstrip())
-        elif line.startswith("{alternatives "):
-            text = text.replace(line, alternatives(line.removeprefix("{alternatives ").removesuffix("}")).rstrip())
-        elif line.startswith("{speed "):
-            text = text.replace(line, speed(line.removeprefix("{speed ").removesuffix("}")).rstrip())
-    (HERE / "speed.md").write_text(text)
-
+MAKERS = {"slots": slots, "alternatives": alternatives, "speed": speed}
 
 if __name__ == "__main__":
-    main()
+    (HERE / "speed.md").write_text(render("speed", MAKERS))
