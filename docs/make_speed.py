@@ -66,7 +66,23 @@ def alternatives(name: str) -> str:
     return text + table(["alternatives", *map(str, counts)], lines) + "\n"
 
 
-MAKERS = {"slots": slots, "alternatives": alternatives, "speed": speed}
+def weights(name: str) -> str:
+    """Steps with quantised weights beside those without, a line for each step."""
+    result = load(name)
+    kinds = list(dict.fromkeys(row["weights"] for row in reversed(result["rows"])))
+    times = {(r["weights"], r["slots"]): r["ms"] for r in result["rows"]}
+    lines: list[list[object]] = []
+    for row in (r for r in result["rows"] if r["weights"] is None):
+        mine = [times[kind, row["slots"]] for kind in kinds]
+        ratios = [f"{ms:.2f} ({ms / times[kind, 1]:.2f})" for kind, ms in zip(kinds, mine, strict=True)]
+        lines.append([row["draft_length"], row["outcomes"], row["slots"], *ratios, f"{mine[1] / mine[0]:.2f}"])
+    names = [f"{kind or result['conditions']['dtype']}, ms (AR steps)" for kind in kinds]
+    text = f"{result['model'].removeprefix('random:')}, random weights, prefix {result['prefix']:,}. "
+    text += f"{conditions(result)}\n\n"
+    return text + table(["K", "outcomes", "slots", *names, f"{kinds[1]} over {kinds[0] or 'bfloat16'}"], lines) + "\n"
+
+
+MAKERS = {"slots": slots, "weights": weights, "alternatives": alternatives, "speed": speed}
 
 if __name__ == "__main__":
     (HERE / "speed.md").write_text(render("speed", MAKERS))

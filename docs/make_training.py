@@ -158,6 +158,18 @@ def large() -> str:
     return text + f"{len(last)} log lines after the first ({run['curve'][-1]['step']} steps): `{run['command']}`."
 
 
+def exact(name: str) -> str:
+    """How far the curve of two DDP processes is from one process's, in words."""
+    result = load(name)
+    one, two = (result["runs"][run] for run in ("one", "ddp"))
+    c = result["conditions"]
+    text = f"{c['device']}, commit {c['commit']}, {c['command']}. "
+    for key in ("loss", "grad_norm"):
+        worst = max(abs(a[key] / b[key] - 1) for a, b in zip(two, one, strict=True))
+        text += f"The {key.replace('grad_norm', 'gradient norm')} is at most {worst:.2%} off in {len(one)} steps. "
+    return text
+
+
 def plot_ablations() -> None:
     """Tokens per forward, a bar for each option, K = 8."""
     from matplotlib import pyplot, ticker
@@ -238,7 +250,7 @@ def save(figure: Any, name: str) -> None:
     Image.open(picture).convert("RGB").quantize(48).save(RESULTS / f"{name}.png", optimize=True)
 
 
-MAKERS = {f.__name__: f for f in (ablations, group, throughput, generation, distributed, large)}
+MAKERS = {f.__name__: f for f in (ablations, group, throughput, generation, distributed, large, exact)}
 
 if __name__ == "__main__":
     (HERE / "ablations.md").write_text(render("ablations", MAKERS))
