@@ -166,7 +166,7 @@ def exact(name: str) -> str:
     text = f"{c['device']}, commit {c['commit']}, {c['command']}. "
     for key in ("loss", "grad_norm"):
         worst = max(abs(a[key] / b[key] - 1) for a, b in zip(two, one, strict=True))
-        text += f"The {key.replace('grad_norm', 'gradient norm')} is at most {worst:.2%} off in {len(one)} steps. "
+        text += f"The {key.replace('grad_norm', 'gradient norm')} is at most {worst:.3%} off in {len(one)} steps. "
     return text
 
 

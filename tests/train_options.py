@@ -2,7 +2,7 @@
 
 import json
 
-from tidar.train.config import TrainConfig
+from tidar.train.config import ONLY_FOR, TrainConfig
 
 
 def conversations(path, count):
@@ -31,7 +31,9 @@ def options(folder, data, tmp_path, **more):
         "log_every": 10,
         "device": "cpu",
     }
-    return TrainConfig(**{**base, **more})
+    objective = more.get("objective", "lossless")
+    own = {name: value for name, value in base.items() if objective in ONLY_FOR.get(name, (objective,))}
+    return TrainConfig(**{**own, **more})
 
 
 def curve(config):

@@ -6,7 +6,7 @@ import gc
 import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from tidar.bench import machine, shapes
 from tidar.model.network import Network
 from tidar.train.checkpoint import Cursor
-from tidar.train.config import TrainConfig
+from tidar.train.config import ONLY_FOR, TrainConfig
 from tidar.train.convert import needs_mask_token, prepare_model, prepare_module, set_up, training_dtype
 from tidar.train.trainer import ConversionTrainer
 
@@ -47,7 +47,7 @@ def measure(base: TrainConfig, objectives: Sequence[str]) -> Iterator[dict[str, 
     """
     result, rows = dict[str, Any](), list[dict[str, Any]]()
     for objective in objectives:
-        config = replace(base, objective=objective, log_every=max(1, base.steps // LOGS))
+        config = replace(options_for(base, objective), log_every=max(1, base.steps // LOGS))
         network = build(config)
         if not result:
             conditions = machine.conditions(network.device, computed_in(network.device))
@@ -60,6 +60,14 @@ def measure(base: TrainConfig, objectives: Sequence[str]) -> Iterator[dict[str, 
         gc.collect()
         torch.cuda.empty_cache()
         yield result
+
+
+def options_for(base: TrainConfig, objective: str) -> TrainConfig:
+    """`base` for an objective, without what that makes no use of."""
+    own: dict[str, Any] = {
+        f.name: f.default for f in fields(base) if objective not in ONLY_FOR.get(f.name, (objective,))
+    }
+    return replace(base, objective=objective, **own)
 
 
 def build(config: TrainConfig) -> Network:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -128,7 +127,7 @@ def bench_train(
     )
     objectives = objective or ["ar", "paper", "lossless"]
     for name in objectives:
-        replace(config, objective=name).check_options()
+        training.options_for(config, name).check_options()
     if steps < 2 * training.LOGS:
         raise TidarError(f"steps is {steps}, but must be at least {2 * training.LOGS}")
     _writable(out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -32,6 +32,15 @@ DEFAULTS = {
     "paper": PAPER,
     "block-diffusion": BLOCK_DIFFUSION,
 }
+MASKED = ("lossless", "paper", "block-diffusion")
+ONLY_FOR = {
+    **dict.fromkeys(("rank", "alpha", "target_modules", "sampler_width"), ("lossless",)),
+    **dict.fromkeys(("marginal_weight", "with_base"), ("lossless",)),
+    **dict.fromkeys(("ar_weight", "diffusion_weight"), ("paper",)),
+    **dict.fromkeys(("loss", "position_weights", "masking", "anchor_mode", "block_size", "anchors"), MASKED),
+    **dict.fromkeys(("block_attention", "decay_gamma", "teacher_temperature"), MASKED),
+}
+"""Objectives for which a field means something; it must keep its default for the others."""
 
 
 @dataclass
@@ -172,6 +181,7 @@ class TrainConfig:
         require_choice("block-attention", self.block_attention, get_args(BlockAttention))
         for name, choices in CHOICES.items():
             require_choice(name.replace("_", "-"), self.chosen(name), choices)
+        self._refuse_idle()
         if self.objective == "block-diffusion":
             for name, only in BLOCK_DIFFUSION.items():
                 value = self.chosen(name) if name in CHOICES else getattr(self, name)
@@ -204,6 +214,23 @@ class TrainConfig:
             raise TidarError(f"report-to is {self.report_to!r}, which is not installed: pip install {self.report_to}")
         if self.sequence_length < 2 * self.block_size:
             raise TidarError(f"sequence-length {self.sequence_length} is too short for blocks of {self.block_size}")
+
+    def _refuse_idle(self) -> None:
+        """No option may be given that would do nothing."""
+        for name, objectives in ONLY_FOR.items():
+            if self.objective not in objectives:
+                self._require_default(name, f"objective {self.objective!r} makes no use of it")
+        if self.chosen("position_weights") != "decay":
+            self._require_default("decay_gamma", "it belongs to position-weights 'decay'")
+        if self.objective != "lossless" and self.chosen("loss") == "hard":
+            self._require_default("teacher_temperature", "hard targets have none")
+        if not self.sampler_width:
+            self._require_default("marginal_weight", "without a sampler head there is only that loss")
+
+    def _require_default(self, name: str, why: str) -> None:
+        default = next(field.default for field in fields(self) if field.name == name)
+        if getattr(self, name) != default:
+            raise TidarError(f"{name.replace('_', '-')} is {getattr(self, name)!r}, but {why}: leave it out")
 
     def _check_data(self) -> None:
         if self.answers is not None and self.answers.exists():
