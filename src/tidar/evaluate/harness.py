@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 from lm_eval.api.instance import Instance
@@ -92,14 +93,12 @@ class TidarLM(HFLM):
 
     Attributes:
         spent: what answers cost, by task.
-        draft_length: K, the longest that the plan may choose; 1 for plain decoding.
     """
 
     def __init__(self, model: TidarModel, decoding: Decoding | None = None, batch_size: int = 1) -> None:
         """
         Raises:
-            TidarError: for a model without a tokenizer, one without an autoregressive half, or options of decoding
-                that it cannot honour.
+            TidarError: for a model without a tokenizer, or one without an autoregressive half.
         """
         decoding = decoding or Decoding()
         if model.tokenizer is None:
@@ -111,24 +110,19 @@ class TidarLM(HFLM):
             )
         if batch_size < 1:
             raise TidarError(f"batch size is {batch_size}, but must be at least 1")
-        self._engine = Engine(
-            model.network,
-            model.plan(
-                decoding.mode,
-                decoding.draft_length,
-                decoding.params,
-                decoding.outcomes,
-                decoding.plan,
-                alternatives=decoding.alternatives,
-            ),
-            model.tokenizer,
-        )
-        self.draft_length = self._engine.planner.longest.draft_length
+        self._tidar, self._decoding = model, decoding
         self.spent: dict[str, Spent] = defaultdict(Spent)
         # The harness chooses a pad token where there is none: on a copy, the user's tokenizer stays as it is.
         tokenizer = copy.deepcopy(model.tokenizer)
         with _weights_untied(model.hf_model):
             super().__init__(pretrained=model.hf_model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
+
+    @cached_property
+    def engine(self) -> Engine:
+        """What decodes answers. Raises TidarError for options that this model cannot honour."""
+        model, how = self._tidar, self._decoding
+        plan = model.plan(how.mode, how.draft_length, how.params, how.outcomes, how.plan, alternatives=how.alternatives)
+        return Engine(model.network, plan, model.tokenizer)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answers, cut before their stop texts; ours because rows then end, and are refilled, one by one.
@@ -158,9 +152,9 @@ class TidarLM(HFLM):
         prompts = [self.tok_encode(request.args[0]) for request in requests]
         answers = dict[int, Answer]()
         progress = tqdm(total=len(prompts), desc=f"Answers of {task}", disable=disable_tqdm)
-        limits = Limits(most, self._engine.network.eos_ids | self._special(until), tuple(until))
+        limits = Limits(most, self.engine.network.eos_ids | self._special(until), tuple(until))
         rows = [prompt[-room:] for prompt in prompts]
-        for updates in self._engine.run(rows, limits, self.batch_size, streaming=False):
+        for updates in self.engine.run(rows, limits, self.batch_size, streaming=False):
             ended = [update.answer for update in updates if update.answer.finish_reason is not None]
             answers |= {answer.row: answer for answer in ended}
             if ended:

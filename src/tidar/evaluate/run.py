@@ -65,6 +65,9 @@ def evaluate(
     lm = TidarLM(model, decoding, batch_size)
     if chat and lm.tokenizer.chat_template is None:
         raise TidarError("this model's tokenizer has no chat template: leave --chat-template out")
+    how = None
+    if any(job.recipe.new_tokens is not None for job in jobs):
+        how = asdict(decoding) | {"draft_length": lm.engine.planner.longest.draft_length}
     tasks = [task for job in jobs for task in job.parts.values()]
     for task in tasks:
         task.set_fewshot_seed(FEWSHOT_SEED)
@@ -80,7 +83,7 @@ def evaluate(
     result = {
         "conditions": machine.conditions(model.network.device, model.network.lm.dtype)
         | {"command": command(), "weights": model.network.weights, "template": "chat" if chat else "none"}
-        | {"decoding": asdict(decoding) | {"draft_length": lm.draft_length}, "batch_size": batch_size, "limit": limit}
+        | {"decoding": how, "batch_size": batch_size, "limit": limit}
         | {name: version(name) for name in ("lm-eval", "math-verify")},
         "tasks": {job.name: _summary(job, [item for item in items if item.task == job.name], lm) for job in jobs},
     }
