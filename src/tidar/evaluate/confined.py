@@ -54,13 +54,15 @@ DENIED = {
     **{"setresuid": (117, 147), "setresgid": (119, 149), "setgroups": (116, 159), "capset": (126, 91)},
     **{"settimeofday": (164, 170), "clock_settime": (227, 112), "adjtimex": (159, 171), "clock_adjtime": (305, 266)},
     **{"sethostname": (170, 161), "setdomainname": (171, 162), "reboot": (169, 142), "acct": (163, 89)},
+    **{"setfsuid": (122, 151), "setfsgid": (123, 152), "vhangup": (153, 58), "quotactl_fd": (443, 443)},
+    **{"migrate_pages": (256, 238), "move_pages": (279, 239)},
     **{"swapon": (167, 224), "swapoff": (168, 225), "syslog": (103, 116), "quotactl": (179, 60)},
     **{"init_module": (175, 105), "finit_module": (313, 273), "delete_module": (176, 106), "kexec_load": (246, 104)},
     **{"kexec_file_load": (320, 294), "bpf": (321, 280), "perf_event_open": (298, 241), "personality": (135, 92)},
     **{"add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219), "iopl": (172, -1), "ioperm": (173, -1)},
 }
-CLONE, CLONE3, PRLIMIT = (56, 220), (435, 435), (302, 261)
-CLONE_THREAD = 0x00010000
+CLONE, CLONE3, PRLIMIT, FCNTL = (56, 220), (435, 435), (302, 261), (72, 25)
+CLONE_THREAD, F_SETOWN, F_SETSIG, F_SETOWN_EX = 0x00010000, 8, 10, 15
 NEWEST = 470
 """Numbers from here on are system calls that this table was not written for."""
 
@@ -166,6 +168,13 @@ def filter_program(machine: str) -> bytes:
     for number in denied:
         put(EQUAL, number, 0, 1)
         put(RETURN, REFUSE | EPERM)
+    put(EQUAL, FCNTL[column], 0, 6)
+    put(LOAD, 24)  # what it does: files may not be made to send signals, which the kernel would send for them
+    put(EQUAL, F_SETOWN, 3, 0)
+    put(EQUAL, F_SETSIG, 2, 0)
+    put(EQUAL, F_SETOWN_EX, 1, 0)
+    put(RETURN, ALLOW)
+    put(RETURN, REFUSE | EPERM)
     put(EQUAL, CLONE3[column], 0, 1)  # its flags lie in memory, which a filter cannot read; glibc then takes clone
     put(RETURN, REFUSE | ENOSYS)
     put(EQUAL, CLONE[column], 0, 3)
