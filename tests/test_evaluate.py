@@ -11,6 +11,7 @@ pytest.importorskip("lm_eval")
 from tidar.cli.main import main
 from tidar.errors import TidarError
 from tidar.evaluate import grading, sandbox
+from tidar.evaluate.run import evaluate
 from tidar.evaluate.tasks import RECIPES, build
 from tiny import tiny_folder, tiny_network
 
@@ -131,6 +132,19 @@ def test_code_tasks_run_in_the_sandbox_when_allowed(run, folder, data, monkeypat
     assert ran[0].startswith(HUMANEVAL["prompt"])
     assert ran[0].endswith("check(add)\n")
     assert "one = 1\nassert add(one, 2) == 3\n" in ran[1]
+
+
+def test_from_python_too_programs_run_only_when_allowed(data):
+    with pytest.raises(TidarError, match="mbpp runs the code that the model writes"):
+        evaluate(None, [build("mbpp", data)])
+
+
+def test_a_model_whose_context_is_too_short_is_refused_before_any_work(run, data, tmp_path):
+    short = tiny_folder(tmp_path / "short")
+    options = ("--mode", "ar", "--data-dir", data, "--device", "cpu")
+    code, error, _ = run("--model", short, "--tasks", "hellaswag,gsm8k", *options)
+    assert code == 2
+    assert "task gsm8k_cot asks for 256 new tokens, but the model's context is 128" in error
 
 
 def test_a_likelihood_task_needs_no_drafter(run, data, tmp_path):

@@ -15,7 +15,7 @@ from rich.table import Table
 from tidar.cli import options as o
 from tidar.errors import TidarError
 
-app = typer.Typer(help="Measure quality.", rich_markup_mode=None)
+app = typer.Typer(rich_markup_mode=None)
 
 
 @app.callback(invoke_without_command=True)
@@ -68,26 +68,30 @@ def evaluate(
     # Seconds to import, and not installed everywhere.
     import datasets
 
-    from tidar.evaluate import run, sandbox
+    from tidar.evaluate import run
     from tidar.evaluate.harness import Decoding
-    from tidar.evaluate.tasks import RECIPES, build, recipe
+    from tidar.evaluate.tasks import RECIPES, build
 
     datasets.disable_progress_bars()
     names = list(dict.fromkeys(name.strip() for name in (tasks or "").split(",") if name.strip()))
     if not names:
         raise TidarError(f"--tasks is needed: some of {','.join(RECIPES)}")
-    running = [name for name in names if recipe(name).runs_code]
-    if running and not run_generated_code:
-        raise TidarError(f"task {running[0]} runs the code that the model writes: allow it with --run-generated-code")
-    if running:
-        sandbox.check()
+    run.check_code(names, run_generated_code)
     for path in (out, samples):
         if path is not None:
             o.check_writable(path)
     decoding = Decoding(mode, plan, draft_length, outcomes, alternatives, temperature, trust, seed)  # type: ignore[arg-type]
     jobs = [build(name, data_dir, chat_template, max_new_tokens) for name in names]
     loaded = o.load(model, drafter, device, dtype, weights)
-    result, items = run.evaluate(loaded, jobs, decoding, batch_size=batch_size, limit=limit, chat=chat_template)
+    result, items = run.evaluate(
+        loaded,
+        jobs,
+        decoding,
+        batch_size=batch_size,
+        limit=limit,
+        chat=chat_template,
+        run_generated_code=run_generated_code,
+    )
     result = {"model": Path(model).name if Path(model).exists() else model, **result}
     out.write_text(json.dumps(result, indent=1) + "\n")
     if samples is not None:

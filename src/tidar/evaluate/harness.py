@@ -143,12 +143,7 @@ class TidarLM(HFLM):
         """Answers to requests whose options are the same."""
         options, task = dict(requests[0].args[1]), requests[0].task_name
         until, most = self._limits(options, task)
-        room = self.max_length - most
-        if room < 1:
-            raise TidarError(
-                f"task {task} asks for {most} new tokens, but the model's context is {self.max_length}: "
-                "give less with --max-new-tokens"
-            )
+        room = self.room(most, task)
         prompts = [self.tok_encode(request.args[0]) for request in requests]
         answers = dict[int, Answer]()
         progress = tqdm(total=len(prompts), desc=f"Answers of {task}", disable=disable_tqdm)
@@ -164,6 +159,15 @@ class TidarLM(HFLM):
             self.spent[request.task_name].add(answers[row])
             self.spent[request.task_name].truncated += len(prompts[row]) > room
         return [postprocess_generated_text(answers[row].text, until, None) for row in range(len(requests))]
+
+    def room(self, most: int, task: str | None) -> int:
+        """Tokens of a prompt that fit before an answer of `most`. Raises TidarError if none do."""
+        if most >= self.max_length:
+            raise TidarError(
+                f"task {task} asks for {most} new tokens, but the model's context is {self.max_length}: "
+                "give less with --max-new-tokens"
+            )
+        return int(self.max_length) - most
 
     def _limits(self, options: dict[str, Any], task: str | None) -> tuple[list[str], int]:
         """Stop texts and the longest answer, of a task's generation options."""

@@ -17,9 +17,9 @@ from lm_eval.tasks import TaskManager
 from tidar.api import TidarModel
 from tidar.bench import machine
 from tidar.errors import TidarError
+from tidar.evaluate import sandbox
 from tidar.evaluate.harness import Decoding, Spent, TidarLM
-from tidar.evaluate.sandbox import Bounds
-from tidar.evaluate.tasks import Job
+from tidar.evaluate.tasks import Job, recipe
 
 FEWSHOT_SEED = 1234
 """The harness' own: which examples stand before a document, where they are drawn from a data set."""
@@ -47,6 +47,7 @@ def evaluate(
     batch_size: int = 8,
     limit: int | None = None,
     chat: bool = False,
+    run_generated_code: bool = False,
 ) -> tuple[dict[str, Any], list[Item]]:
     """Scores of a model, and what they are means of.
 
@@ -54,23 +55,27 @@ def evaluate(
         jobs: tasks (see `tasks.build`, which must know about `chat` too).
         limit: first documents of every task, of every subject where it has some; None for all.
         chat: apply the chat template, examples as turns.
+        run_generated_code: allow code tasks to run what the model wrote, in the sandbox.
 
     Returns:
         A result fit for JSON, as docs/evaluate.md describes it; and every scored document.
 
     Raises:
-        TidarError: for a model or options that cannot be honoured; if programs are to run and cannot be confined.
+        TidarError: for a model or options that cannot be honoured, and for code tasks that are not allowed to run
+            programs or cannot confine them; all before any work.
     """
+    check_code([job.name for job in jobs], run_generated_code)
     decoding = decoding or Decoding()
     lm = TidarLM(model, decoding, batch_size)
     if chat and lm.tokenizer.chat_template is None:
         raise TidarError("this model's tokenizer has no chat template: leave --chat-template out")
-    how = None
-    if any(job.recipe.new_tokens is not None for job in jobs):
-        how = asdict(decoding) | {"draft_length": lm.engine.planner.longest.draft_length}
     tasks = [task for job in jobs for task in job.parts.values()]
+    how = None
     for task in tasks:
         task.set_fewshot_seed(FEWSHOT_SEED)
+        if task.OUTPUT_TYPE == "generate_until":
+            lm.room(task.config.generation_kwargs["max_gen_toks"], task.task_name)
+            how = asdict(decoding) | {"draft_length": lm.engine.planner.longest.draft_length}
     found = run_harness(
         lm,
         TaskManager(include_defaults=False).load(tasks),
@@ -88,6 +93,15 @@ def evaluate(
         "tasks": {job.name: _summary(job, [item for item in items if item.task == job.name], lm) for job in jobs},
     }
     return result, items
+
+
+def check_code(tasks: Sequence[str], allowed: bool) -> None:
+    """Raise TidarError for a code task that is not allowed to run programs, or where they cannot be confined."""
+    running = [name for name in tasks if recipe(name).runs_code]
+    if running and not allowed:
+        raise TidarError(f"task {running[0]} runs the code that the model writes: allow it with --run-generated-code")
+    if running:
+        sandbox.check()
 
 
 def _items(job: Job, samples: dict[str, list[dict[str, Any]]]) -> Iterator[Item]:
@@ -138,7 +152,7 @@ def _summary(job: Job, items: Sequence[Item], lm: TidarLM) -> dict[str, Any]:
             "truncated_prompts": spent.truncated,
         }
     if job.recipe.runs_code:
-        summary["sandbox"] = Bounds()._asdict()
+        summary["sandbox"] = sandbox.Bounds()._asdict()
     return summary
 
 
@@ -150,4 +164,5 @@ def _mean(values: Sequence[float]) -> dict[str, float | None]:
 
 def command() -> str:
     """The command line, without the folders that files are in: those are of this machine."""
-    return " ".join(["tidar", *(Path(a).name if Path(a).exists() else a for a in sys.argv[1:])])
+    words = [word for argument in sys.argv[1:] for word in argument.split("=", 1)]
+    return " ".join(["tidar", *(Path(word).name if Path(word).exists() else word for word in words)])
