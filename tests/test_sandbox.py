@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from needs import needs_sandbox
 from tidar.errors import TidarError
 from tidar.evaluate import confined, sandbox
 from tidar.evaluate.sandbox import Bounds, run
@@ -13,15 +14,7 @@ from tidar.evaluate.sandbox import Bounds, run
 SMALL = Bounds(seconds=2.0, megabytes=256, file_megabytes=1)
 
 
-def confining() -> bool:
-    try:
-        sandbox.check()
-    except TidarError:
-        return False
-    return True
-
-
-pytestmark = pytest.mark.skipif(not confining(), reason="this machine cannot confine programs (see docs/evaluate.md)")
+pytestmark = needs_sandbox
 
 
 @pytest.mark.parametrize(
