@@ -155,7 +155,8 @@ def test_different_options_are_kept_apart_and_costs_are_counted_by_task(base):
     texts = lm.generate_until([*long, *short], disable_tqdm=True)
     assert texts[0].startswith(texts[1])
     assert (lm.spent["short"].new_tokens, lm.spent["long"].new_tokens) == (3, 24)
-    assert (lm.spent["short"] + lm.spent["long"]).forwards == 27
+    both = lm.spent["short"] + lm.spent["long"]
+    assert (both.forwards, both.unended) == (27, 2)
 
 
 def test_a_prompt_without_room_loses_its_beginning_as_in_lm_eval(theirs, base):

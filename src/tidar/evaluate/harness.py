@@ -58,28 +58,32 @@ class Decoding:
 
 @dataclass
 class Spent:
-    """What the answers of one task cost, and how many of its prompts were too long.
+    """What the answers of one task cost, and how many did not fit.
 
     Attributes:
         new_tokens, forwards: sums over answers, prefills counted.
+        unended: answers that their limit cut; those often repeat themselves, which is easy to draft.
         truncated: prompts that lost their beginning, because the context has no room for them and the answer.
         acceptance_lengths: how often a forward after the prefill gained so many tokens.
     """
 
     new_tokens: int = 0
     forwards: int = 0
+    unended: int = 0
     truncated: int = 0
     acceptance_lengths: Counter[int] = field(default_factory=Counter)
 
     def add(self, answer: Answer) -> None:
         self.new_tokens += answer.new_tokens
         self.forwards += answer.forwards
+        self.unended += answer.finish_reason == "length"
         self.acceptance_lengths.update(answer.acceptance_lengths)
 
     def __add__(self, other: Spent) -> Spent:
         return Spent(
             self.new_tokens + other.new_tokens,
             self.forwards + other.forwards,
+            self.unended + other.unended,
             self.truncated + other.truncated,
             self.acceptance_lengths + other.acceptance_lengths,
         )

@@ -149,6 +149,7 @@ def _summary(job: Job, items: Sequence[Item], lm: TidarLM) -> dict[str, Any]:
             "new_tokens": spent.new_tokens,
             "forwards": spent.forwards,
             "acceptance_length_counts": dict(sorted(spent.acceptance_lengths.items())),
+            "answers_cut_by_limit": spent.unended,
             "truncated_prompts": spent.truncated,
         }
     if job.recipe.runs_code:
