@@ -194,7 +194,7 @@ def test_the_filter_knows_every_machine_and_denies_no_call_twice():
 def test_without_confinement_nothing_runs(monkeypatch, tmp_path):
     runner = tmp_path / "runner.py"
     source = Path(confined.__file__).read_text()
-    runner.write_text(source.replace("libc.syscall(444, None", "libc.syscall(9999, None"))
+    runner.write_text(source.replace("libc.syscall(CREATE_RULESET, None", "libc.syscall(9999, None"))
     monkeypatch.setattr(sandbox, "RUNNER", runner)
     with pytest.raises(TidarError, match=r"cannot confine it .*Landlock"):
         run("pass")

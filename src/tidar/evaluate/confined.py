@@ -71,7 +71,8 @@ ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050000, 0x80000000
 LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 """Instructions of the filter: load a word, jump if equal / not less / a bit in common, return."""
 
-EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, REMOVE_FILE, MAKE_REG, TRUNCATE = (1 << n for n in (0, 1, 2, 3, 5, 8, 14))
+CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
+WRITE_FILE, READ_FILE, READ_DIR, REMOVE_FILE, MAKE_REG, TRUNCATE = (1 << n for n in (1, 2, 3, 5, 8, 14))
 FILE_RIGHTS = {1: 1 << 13, 2: 1 << 14, 3: 1 << 15, 5: 1 << 16}
 """Rights over files that a version of Landlock knows: all bits below."""
 
@@ -112,7 +113,7 @@ def confine(folder: str) -> None:
 
 
 def _restrict_files(libc: ctypes.CDLL, folder: str) -> None:
-    version = libc.syscall(444, None, ctypes.c_size_t(0), 1)
+    version = libc.syscall(CREATE_RULESET, None, ctypes.c_size_t(0), 1)
     if version < 1:
         raise UnconfinedError(
             "its kernel has no Landlock (Linux 5.13 or newer, enabled at boot, not blocked by a container)"
@@ -120,7 +121,9 @@ def _restrict_files(libc: ctypes.CDLL, folder: str) -> None:
     known = next(bit for least, bit in sorted(FILE_RIGHTS.items(), reverse=True) if version >= least) - 1
     # A shorter structure is one of an older version: files, then TCP, then signals and abstract sockets.
     ruleset = struct.pack("=QQQ", known, 3, 3)[: 8 * (1 + (version >= 4) + (version >= 6))]
-    handle = libc.syscall(444, ruleset, ctypes.c_size_t(len(ruleset)), 0)
+    handle = libc.syscall(CREATE_RULESET, ruleset, ctypes.c_size_t(len(ruleset)), 0)
+    if handle < 0:
+        raise UnconfinedError(f"Landlock does not start: {os.strerror(ctypes.get_errno())}")
     readable = {os.path.realpath(p) for p in (sys.prefix, sys.base_prefix, *sys.path, "/usr", "/lib", "/lib64") if p}
     rules = dict.fromkeys(readable, READ_FILE | READ_DIR)
     rules |= dict.fromkeys(("/etc/ld.so.cache", "/dev/zero", "/dev/urandom", "/dev/random"), READ_FILE)
@@ -133,11 +136,11 @@ def _restrict_files(libc: ctypes.CDLL, folder: str) -> None:
         except OSError:
             continue
         if not os.path.isdir(path):
-            rights &= EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE
-        if libc.syscall(445, handle, 1, struct.pack("=Qi", rights & known, place), 0):
+            rights &= WRITE_FILE | READ_FILE | TRUNCATE
+        if libc.syscall(ADD_RULE, handle, 1, struct.pack("=Qi", rights & known, place), 0):
             raise UnconfinedError(f"Landlock refuses a rule: {os.strerror(ctypes.get_errno())}")
         os.close(place)
-    if handle < 0 or libc.syscall(446, handle, 0):
+    if libc.syscall(RESTRICT_SELF, handle, 0):
         raise UnconfinedError(f"Landlock does not start: {os.strerror(ctypes.get_errno())}")
     os.close(handle)
 
