@@ -7,7 +7,7 @@ import sys
 import typer
 from rich.console import Console
 
-from tidar.cli import bench, chat, generate, generate_data, train
+from tidar.cli import bench, chat, evaluate, generate, generate_data, train
 from tidar.errors import TidarError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app.command("chat")(chat.chat)
 app.command("generate-data")(generate_data.generate_data)
 app.command("train")(train.train)
 app.add_typer(bench.app, name="bench")
+app.add_typer(evaluate.app, name="evaluate")
 
 
 def main() -> None:

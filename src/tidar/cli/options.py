@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from transformers.utils import logging as hf_logging
 
 from tidar.api import TidarModel
+from tidar.errors import TidarError
 
 Model = Annotated[str, typer.Option(help="'smollm2-135m', a drafter or model folder, or a Hugging Face id.")]
 DrafterFolder = Annotated[str | None, typer.Option("--drafter", help="Drafter folder instead of the model's own.")]
@@ -46,3 +48,12 @@ def load(model: str, drafter: str | None, device: str | None, dtype: str | None,
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
     return TidarModel.from_pretrained(model, drafter=drafter, device=device, dtype=dtype, weights=weights)
+
+
+def check_writable(path: Path) -> None:
+    """Raise TidarError for a file that cannot be written: before the work whose result it is to hold."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError as error:
+        raise TidarError(f"cannot write {path}: {error.strerror}") from error

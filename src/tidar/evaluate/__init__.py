@@ -1,0 +1,1 @@
+"""Quality: lm-evaluation-harness tasks on any model of ours, and graders for what it leaves to others."""
