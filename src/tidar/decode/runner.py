@@ -312,16 +312,21 @@ def runner_for(network: Network) -> Runner:
 
     Whatever was built from the network's weights is built again if they have changed.
     """
-    if network.device.type in ("cpu", "cuda") and network.fused_from != network.state():
-        network.fused = network.runner = None
-        network.learned.clear()
-        fuse(network)
-        network.fused_from = network.state()
+    prepare_fused(network)
     if network.device.type != "cuda":
         return Runner(network)
     if not isinstance(network.runner, GraphRunner):
         network.runner = GraphRunner(network)
     return GraphRunner(network) if network.runner.busy else network.runner
+
+
+def prepare_fused(network: Network) -> None:
+    """Give the network its fused backbone, unless it has one of the weights as they are."""
+    if network.device.type in ("cpu", "cuda") and network.fused_from != network.state():
+        network.fused = network.runner = None
+        network.learned.clear()
+        fuse(network)
+        network.fused_from = network.state()
 
 
 def release(network: Network) -> None:
