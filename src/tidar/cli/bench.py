@@ -39,7 +39,7 @@ def bench_slots(
     prefixes, counts = prefix or [256, 1024], sorted(set(tokens or TOKENS))
     if min(*prefixes, *counts, batch) < 1:
         raise TidarError("tokens, prefix and batch must be at least 1")
-    _writable(out)
+    o.writable(_named(out, ".json"))
     network = shapes.build(model, drafter, device, dtype, weights)
     limit = network.max_positions
     if limit is not None and max(prefixes) + max(counts) > limit:
@@ -79,7 +79,7 @@ def bench_speed(
     batches = batch or [1, 4, 16, 64]
     if min(*batches, repeats, peer_prompts) < 1:
         raise TidarError("batch, repeats and peer-prompts must be at least 1")
-    _writable(out)
+    o.writable(_named(out, ".json"))
     sets = dict(map(read_set, prompts))
     loaded = o.load(model, drafter, device, dtype, weights)
     measured = speed.measure(loaded, model, sets, batches, max_new_tokens, repeats, peers, peer_prompts)
@@ -106,14 +106,6 @@ def read_set(text: str) -> tuple[str, list[Prompt]]:
 
 def _named(out: Path, suffix: str) -> Path:
     return out.with_name(out.name + suffix)  # a name may hold dots that are no suffix
-
-
-def _writable(out: Path) -> None:
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _named(out, ".json").touch()
-    except OSError as error:
-        raise TidarError(f"cannot write {_named(out, '.json')}: {error.strerror}") from error
 
 
 def _kept(results: Iterator[dict[str, Any]], out: Path) -> dict[str, Any]:

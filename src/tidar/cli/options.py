@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from transformers.utils import logging as hf_logging
 
 from tidar.api import TidarModel
+from tidar.errors import TidarError
 
 Model = Annotated[str, typer.Option(help="'smollm2-135m', a drafter or model folder, or a Hugging Face id.")]
 DrafterFolder = Annotated[str | None, typer.Option("--drafter", help="Drafter folder instead of the model's own.")]
@@ -50,6 +52,15 @@ Weights = Annotated[
         help="int8 or fp8: quantise the base weights; half the bytes on CUDA, elsewhere only rounded: no faster."
     ),
 ]
+
+
+def writable(path: Path) -> None:
+    """Raise TidarError if a result could not be written to `path`: better before measuring than after."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError as error:
+        raise TidarError(f"cannot write {path}: {error.strerror}") from error
 
 
 def load(model: str, drafter: str | None, device: str | None, dtype: str | None, weights: str | None) -> TidarModel:
