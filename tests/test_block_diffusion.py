@@ -242,7 +242,7 @@ def test_forwards_and_gains_are_counted():
     for name, per_forward in (("max-confidence", 1), ("left-to-right", 1), ("fixed-2", 2), ("fixed-4", 4)):
         (answer,) = decode(network, [some_prompt(8)], name, 16)
         assert answer.forwards == 16 // per_forward
-        assert answer.acceptance_lengths == [per_forward] * (answer.forwards - 1)
+        assert answer.acceptance_lengths == [per_forward] * answer.forwards
 
 
 def test_left_to_right_streams_every_token_and_text_follows():

@@ -41,7 +41,7 @@ class Answer:
             until the end where nobody follows it.
         forwards: forward passes spent on this row, the prefill counted.
         acceptance_lengths: tokens gained by each forward after the prefill (the prefill itself gains one). In block
-            diffusion: tokens that each forward after the first decided, those behind an end that came later included.
+            diffusion: tokens that each forward decided, the first one's too, and those behind an end that came later.
         seconds: from the start of the row's prefill to its last token.
         finish_reason: "stop" (end of sequence or stop string), "length", or None while running.
     """
@@ -296,7 +296,7 @@ def extend(row: Row, tokens: list[int], limits: Limits, gained: int | None = Non
             answer.finish_reason = "stop"
     answer.forwards += 1
     answer.token_ids += tokens
-    if answer.forwards > 1:
+    if gained is not None or answer.forwards > 1:
         answer.acceptance_lengths.append(len(tokens) if gained is None else gained)
     if answer.finish_reason is None and answer.new_tokens >= row.room:
         answer.finish_reason = "length"
