@@ -425,7 +425,7 @@ def test_markdown_has_the_tables_and_no_html():
     assert "<b>" not in text
     for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
-    assert "| fast &lt;b> | 8 | 1 |" in text
+    assert "| fast &lt;b> · K 8, trust 1 |" in text
     assert "commit abc1234" in text
 
 

@@ -66,7 +66,7 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str, percent: bool) 
     return _svg(HEIGHT, _frame(x, y, x_label, y_label, percent) + "".join(marks), f"{y_label} against {x_label}")
 
 
-def lines(xs: Sequence[float], ys: Sequence[Interval], x_label: str, y_label: str, percent: bool) -> str:
+def lines(xs: Sequence[float], ys: Sequence[Interval], x_label: str, y_label: str, percent: bool, group: int) -> str:
     """One line with a band for its intervals."""
     height = 240
     x = Axis(min(xs), max(xs), LEFT, WIDTH - RIGHT - 8)
@@ -80,7 +80,7 @@ def lines(xs: Sequence[float], ys: Sequence[Interval], x_label: str, y_label: st
     )
     body = f'<path class="band" d="M{" L".join(upper + lower)}Z"/><path class="line" d="M{" L".join(middle)}"/>{dots}'
     frame = _frame(x, y, x_label, y_label, percent)
-    return _svg(height, frame + f'<g class="g0">{body}</g>', f"{y_label} against {x_label}")
+    return _svg(height, frame + f'<g class="g{group}">{body}</g>', f"{y_label} against {x_label}")
 
 
 def histogram(counts: Sequence[int], group: int, label: str) -> str:

@@ -23,16 +23,18 @@ STYLE = """
   --card: #1d232a; --c0: #a7b1bc; --c1: #6cb0ff; --c2: #ff9d5c; --c3: #66d08a; --c4: #c79bff; --c5: #ff8fd0;
   --on: #10141a } }
 * { box-sizing: border-box }
-body { margin: 0 auto; padding: 1.2rem 1rem 3rem; max-width: 62rem; background: var(--bg); color: var(--fg);
+body { margin: 0 auto; padding: 1.2rem 1rem 3rem; max-width: 68rem; background: var(--bg); color: var(--fg);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; overflow-wrap: break-word }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .3rem } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem }
 h3 { font-size: 1rem; margin: 1rem 0 .3rem }
 p, ul { margin: .4rem 0 } ul { padding-left: 1.2rem } .soft, figcaption { color: var(--soft); font-size: .85rem }
 .wide { overflow-x: auto; margin: .5rem 0 }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; width: 100% }
-th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap;
+th, td { padding: .35rem .45rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap;
   vertical-align: top }
-th { color: var(--soft); font-weight: 600 } th:first-child, td:first-child { text-align: left }
+th { color: var(--soft); font-weight: 600 }
+th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 8.5rem;
+  position: sticky; left: 0; background: var(--bg) }
 td small { color: var(--soft); display: block; font-size: .78rem }
 td.t { text-align: left }
 .better { color: var(--c3); font-weight: 600 } .worse { color: var(--c2); font-weight: 600 }
@@ -124,16 +126,8 @@ Table = list[list[Cell]]
 
 
 def main_table(analysis: Analysis) -> Table:
-    header: list[Cell] = [
-        "method",
-        "K",
-        "trust",
-        "tokens/forward",
-        "tokens/s",
-        f"speed of {analysis.baseline}",
-        "right",
-    ]
-    header += ["right, difference", "same answer"]
+    header: list[Cell] = ["method", "tokens/forward", "tokens/s", f"speed against {analysis.baseline}", "right answers"]
+    header += ["difference", "same answer"]
     rows: Table = [header]
     for row in analysis.rows:
         accuracy: Cell = NOT_HERE
@@ -142,9 +136,7 @@ def main_table(analysis: Analysis) -> Table:
             accuracy = (f"{a.value:.1%} ± {row.accuracy_error:.1%}", f"{a.low:.1%} to {a.high:.1%}")
         rows.append(
             [
-                row.name,
-                _or_dash(row.facts["K"]),
-                _or_dash(row.facts["trust"]),
+                (row.name, _drafting(row)),
                 _interval(row.tokens_per_forward, lambda v: f"{v:.2f}"),
                 _interval(row.tokens_per_s, lambda v: f"{v:,.1f}"),
                 _effect(row.faster, lambda v: f"{v:.2f}x"),
@@ -154,6 +146,12 @@ def main_table(analysis: Analysis) -> Table:
             ]
         )
     return rows
+
+
+def _drafting(row: Row) -> str:
+    """K and trust, where the method has them."""
+    trust = f"trust {row.facts['trust']:g}" if row.facts["trust"] is not None else ""
+    return ", ".join(filter(None, (f"K {row.facts['K']}" if row.facts["K"] is not None else "", trust)))
 
 
 def category_table(analysis: Analysis) -> Table:
@@ -220,10 +218,6 @@ def conditions_table(analysis: Analysis) -> Table:
     for name, value in analysis.conditions.items():
         rows.append([name, str(value)])
     return rows
-
-
-def _or_dash(value: object) -> str:
-    return NOT_HERE if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _interval(interval: Interval, form: Callable[[float], str]) -> Cell:
@@ -302,9 +296,10 @@ def _quality_html(analysis: Analysis) -> str:
 
 
 def _histograms(analysis: Analysis) -> str:
-    figures = []
+    figures, most = [], max(len(row.gains) for row in analysis.rows)
     for row in analysis.rows:
-        chart = histogram(row.gains, _group(row), f"Tokens gained by a forward of {row.name}")
+        counts = row.gains + [0] * (most - len(row.gains))  # the same scale for all
+        chart = histogram(counts, _group(row), f"Tokens gained by a forward of {row.name}")
         mean = f"mean {row.tokens_per_forward.value:.2f}, {sum(row.gains):,} forwards"
         figures.append(f"<figure><b>{escape(row.name)}</b>{chart}<figcaption>{mean}</figcaption></figure>")
     note = "Share of forwards that gained so many tokens, prefills included. " + setting(analysis)
@@ -317,10 +312,11 @@ def _trust_html(analysis: Analysis) -> str:
     for sweep in analysis.trust:
         xs = [row.facts["trust"] for row in sweep]
         label = "trust (1: judged by AR logits alone)"
-        charts = [lines(xs, [row.tokens_per_forward for row in sweep], label, "tokens per forward", False)]
+        paces = [row.tokens_per_forward for row in sweep]
+        charts = [lines(xs, paces, label, "tokens per forward", False, _group(sweep[0]))]
         accuracies = [row.accuracy for row in sweep if row.accuracy is not None]
         if len(accuracies) == len(sweep):
-            charts.append(lines(xs, accuracies, label, "right answers", True))
+            charts.append(lines(xs, accuracies, label, "right answers", True, _group(sweep[0])))
         caption = f"{sweep[0].facts['model']}, K = {sweep[0].facts['K']}. Bands: 95% intervals. {setting(analysis)}"
         parts.append(f"<div class=two>{''.join(_figure(chart, caption) for chart in charts)}</div>")
     return "<h2>Trust</h2>" + "".join(parts) if parts else ""
