@@ -8,6 +8,7 @@ import sys
 from decimal import Decimal
 from html.parser import HTMLParser
 from itertools import product
+from pathlib import Path
 
 import pytest
 import yaml
@@ -22,7 +23,7 @@ from tidar.evaluate.analysis import analyse
 from tidar.evaluate.compare import VERSION, compare
 from tidar.evaluate.final_answer import grade_final_number, last_number
 from tidar.evaluate.items import Item
-from tidar.evaluate.methods import Method, Models, Settings, parse_method, prepare, read_methods
+from tidar.evaluate.methods import KINDS, Method, Models, Settings, parse_method, prepare, read_methods
 from tidar.evaluate.report import to_html, to_markdown
 from tidar.evaluate.statistics import (
     Interval,
@@ -539,3 +540,10 @@ def test_a_trained_block_diffusion_folder_is_compared(folder, data, tmp_path):
     methods = [parse_method("ar"), parse_method(f"block-diffusion:{tmp_path}/out:left-to-right")]
     *_, result = compare(methods, ITEMS, settings)
     assert "block-diffusion out left-to-right" in to_html(analyse(result))
+
+
+def test_the_recipe_names_every_baseline():
+    methods = read_methods(Path(__file__).parent.parent / "recipes" / "compare" / "smollm2-135m.yaml")
+    assert {m.kind for m in methods} == set(KINDS)
+    decoders = {m.options["decoder"] for m in methods if m.kind == "block-diffusion"}
+    assert decoders == {"max-confidence", "left-to-right", "fixed-2", *(f"confidence>0.{n}" for n in (9, 8, 7, 6))}
