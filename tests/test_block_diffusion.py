@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from chi_square import assert_drawn_from
+from test_runner import AskNothing, Replayed
 from tidar import TidarError, TidarModel
 from tidar.config import TidarConfig
-from tidar.decode.block_diffusion import BlockDiffusion, denoise, denoise_prefill
+from tidar.decode import block_diffusion as module
+from tidar.decode.block_diffusion import BlockDiffusion, GraphDenoiser, denoise, denoise_prefill
 from tidar.decode.cache import RowCache
 from tidar.decode.engine import Answer, Engine, Limits
 from tidar.decode.step import Plan
@@ -290,6 +292,72 @@ def test_the_cache_holds_clean_tiles():
     network(torch.tensor([text[:length]]), layout, fresh)
     for mine, wanted in zip((*state.cache.keys, *state.cache.values), (*fresh.keys, *fresh.values), strict=True):
         torch.testing.assert_close(mine[:, :, :length], wanted[:, :, :length], atol=1e-4, rtol=1e-4)
+
+
+# What captured graphs are asked to do
+
+
+class ReplayedDenoiser(GraphDenoiser):
+    """A new one for each engine, as on the CPU there is none to keep."""
+
+    def step(self, finished: bool, longest: int) -> Tensor:
+        return super().step(finished, longest).clone()  # on a GPU it is read before the next replay
+
+
+@pytest.fixture
+def captured(monkeypatch) -> list[ReplayedDenoiser]:
+    """Engines run graphs that call what they would have captured; one denoiser for all, as a network keeps it."""
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    made: list[ReplayedDenoiser] = []
+
+    def denoiser(network, reveal, params):
+        if not made:
+            made.append(ReplayedDenoiser(network, Replayed(network)))
+        made[0].reveal, made[0].params = reveal, params
+        return made[0]
+
+    monkeypatch.setattr(module, "denoiser_for", denoiser)
+    return made
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_captured_forwards_decode_the_same(captured, temperature, monkeypatch):
+    network, eos = diffusion_network(), 6
+    asked = [(name, size) for name in DECODERS for size in (5, 2, 3)]
+    got = [decode(network, PROMPTS, n, 21, eos, size, temperature=temperature, seed=1) for n, size in asked]
+    monkeypatch.undo()
+    wanted = [decode(network, PROMPTS, n, 21, eos, size, temperature=temperature, seed=1) for n, size in asked]
+    assert [tokens(g) for g in got] == [tokens(w) for w in wanted]
+    assert [[a.forwards for a in g] for g in got] == [[a.forwards for a in w] for w in wanted]
+    lengths = {len(answer) for answer in tokens(wanted[0])}
+    assert len(lengths) > 1  # rows end at different times, so some stay in the batch without moving
+    made = captured[0].recorder.made
+    # Batches of five, two and one, and of three: with a tile to finish and without, for every decoder.
+    assert len(made) <= 2 * 4 * len(DECODERS)
+
+
+def test_other_ends_and_longer_answers_make_a_new_state(captured):
+    network = diffusion_network()
+    for new, eos in ((5, None), (5, 40), (60, 40), (5, 40)):
+        answers = decode(network, PROMPTS[:2], new=new, eos=eos)
+        assert tokens(answers) == [reference(network, p, "max-confidence", new, eos)[0] for p in PROMPTS[:2]]
+    assert captured[0].held is not None
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_forward_asks_the_device_nothing(finished, temperature, fused):
+    network = diffusion_network()
+    reveal, params = Reveal.parse("confidence>0.3"), SamplingParams(temperature=temperature)
+    state, _ = denoise_prefill(network, PROMPTS, range(5), [20] * 5, frozenset([3]), reveal, params)
+    network.fused, before = (network.fused if fused else None), network.fused
+    try:
+        with AskNothing():
+            denoise(network, state, reveal, params, finished)
+    finally:
+        network.fused = before
 
 
 # What users reach

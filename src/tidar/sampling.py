@@ -307,7 +307,7 @@ def undecided(block: Tensor, places: Tensor, start: Tensor, limit: Tensor, eos_i
         start, limit: [B] where the answer begins, and where it must have ended.
         eos_ids: [E] tokens that end it.
     """
-    ends = torch.isin(block, eos_ids) & (places >= start[:, None])
+    ends = (block[..., None] == eos_ids).any(-1) & (places >= start[:, None])
     behind = ends.long().cumsum(1) - ends.long() > 0
     return (block < 0) & (places < limit[:, None]) & ~behind
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tidar.decode.cache import RowCache
 from tidar.decode.engine import Limits, Row, Update, extend, new_row
-from tidar.decode.runner import prepare_fused
+from tidar.decode.runner import MOST_GRAPHS, Captured, GraphRunner, power_of_two, prepare_fused, roomy_capacity
 from tidar.errors import TidarError
 from tidar.layout import Layout, denoise_layout, denoise_prefill_layout
 from tidar.model.network import MASKED, Network
@@ -28,7 +28,7 @@ from tidar.sampling import Reveal, SamplingParams, choose_reveals, draw, row_see
 
 @dataclass
 class BlockState:
-    """A running batch of B rows.
+    """A running batch of B rows. All tensors stay where they are.
 
     Attributes:
         cache: finished tiles.
@@ -36,9 +36,10 @@ class BlockState:
         tile: [B, K] the block before it.
         finished: [B] bool, whether that one is still to be put into the cache.
         start, limit: [B] place of the answer's first token, and one past that of the last that it may have.
-        eos_ids: [E] tokens that end an answer.
         seeds: [B] random streams.
         forwards: [B] so far.
+        active: [B] bool; rows that are not do not move.
+        eos_ids: [E] tokens that end an answer.
     """
 
     cache: RowCache
@@ -47,17 +48,47 @@ class BlockState:
     finished: Tensor
     start: Tensor
     limit: Tensor
-    eos_ids: Tensor
     seeds: Tensor
     forwards: Tensor
+    active: Tensor
+    eos_ids: Tensor
+
+    @staticmethod
+    def empty(rows: int, capacity: int, block_size: int, eos_ids: Sequence[int], device: torch.device) -> BlockState:
+        """No row active; `capacity` tokens of cache a row."""
+        start, limit, seeds, forwards = torch.zeros(4, rows, dtype=torch.long, device=device).unbind()
+        finished, active = torch.zeros(2, rows, dtype=torch.bool, device=device).unbind()
+        block = torch.full((rows, block_size), MASKED, device=device)
+        ends = torch.tensor(eos_ids, dtype=torch.long, device=device)
+        cache = RowCache(rows, capacity, device)
+        return BlockState(cache, block, torch.zeros_like(block), finished, start, limit, seeds, forwards, active, ends)
+
+    def rows(self) -> list[Tensor]:
+        """What has an entry for each row, the cache left out."""
+        numbers = self.start, self.limit, self.seeds, self.forwards
+        return [self.block, self.tile, self.finished, *numbers, self.active]
+
+    def first(self, rows: int) -> BlockState:
+        """The first `rows` rows, in the same memory."""
+        block, tile, finished, start, limit, seeds, forwards, active = (tensor[:rows] for tensor in self.rows())
+        cache = self.cache.first(rows)
+        return BlockState(cache, block, tile, finished, start, limit, seeds, forwards, active, self.eos_ids)
 
     @torch.inference_mode()
-    def keep_rows(self, rows: Tensor) -> None:
-        """Go on with the rows `rows` [n] alone, in that order."""
+    def move_rows(self, rows: Tensor) -> None:
+        """Bring the rows `rows` [n] to the front, in that order."""
         self.cache.move_rows(rows)
-        self.cache = self.cache.first(len(rows))
-        for name in ("block", "tile", "finished", "start", "limit", "seeds", "forwards"):
-            setattr(self, name, getattr(self, name)[rows])
+        for tensor in self.rows():
+            tensor[: len(rows)] = tensor[rows]
+
+    @torch.inference_mode()
+    def put(self, other: BlockState) -> None:
+        """Put the rows of `other`, which may have less room, in the first places; the rest is not active."""
+        count = len(other.active)
+        self.cache.put_rows(torch.arange(count, device=other.active.device), other.cache)
+        self.active.zero_()
+        for mine, new in zip(self.rows(), other.rows(), strict=True):
+            mine[:count] = new
 
 
 @torch.inference_mode()
@@ -81,20 +112,15 @@ def denoise_prefill(
     ids = torch.tensor([p[:n] + [0] * (width - n) for p, n in zip(prompts, whole, strict=True)], device=device)
     block = [p[n:] + [MASKED] * (size - len(p) + n) for p, n in zip(prompts, whole, strict=True)]
     lengths = torch.tensor(whole, device=device)
-    start = torch.tensor([len(p) for p in prompts], device=device)
     longest = max(len(p) + most for p, most in zip(prompts, room, strict=True))
-    batch = len(prompts)
-    state = BlockState(
-        cache=RowCache(batch, max(longest + 2 * size, width + size), device),
-        block=torch.tensor(block, device=device),
-        tile=torch.zeros(batch, size, dtype=torch.long, device=device),
-        finished=torch.zeros(batch, dtype=torch.bool, device=device),
-        start=start,
-        limit=start + torch.tensor(room, device=device),
-        eos_ids=torch.tensor(sorted(eos_ids), dtype=torch.long, device=device),
-        seeds=row_seeds(params.seed, torch.tensor(rows)).to(device),
-        forwards=torch.zeros(batch, dtype=torch.long, device=device),
-    )
+    # Two blocks behind the last whole one; a row that has ended may stand a block further while others go on.
+    capacity = max(longest + 3 * size, width + size)
+    state = BlockState.empty(len(prompts), capacity, size, sorted(eos_ids), device)
+    state.block.copy_(torch.tensor(block))
+    state.start.copy_(torch.tensor([len(p) for p in prompts]))
+    state.limit.copy_(state.start + torch.tensor(room, device=device))
+    state.seeds.copy_(row_seeds(params.seed, torch.tensor(rows)))
+    state.active.fill_(True)
     layout = denoise_prefill_layout(lengths, width, size)
     state.cache.reserve(layout.size)
     # cuDNN's attention takes a tenth of a second to plan for a shape it has not seen.
@@ -114,6 +140,8 @@ def denoise(
     longest: int | None = None,
 ) -> Tensor:
     """One forward over every row's block; [B, K + 2]: the block after it, tokens decided, and 1 where it is finished.
+
+    Like a TiDAR step it changes the state in place and asks the device nothing, so that it can be captured.
 
     Args:
         finished: whether any row has a finished tile to put into the cache (see `BlockState.finished`).
@@ -140,7 +168,9 @@ def _decide(network: Network, state: BlockState, hidden: Tensor, reveal: Reveal,
         return undecided(state.block, places, state.start, state.limit, state.eos_ids)
 
     logits = network.head(hidden).float()
-    logits[..., network.config.mask_token_id] = -torch.inf  # a row of the vocabulary, but no token of any text
+    mask = network.config.mask_token_id
+    assert mask is not None
+    logits[..., mask].fill_(-torch.inf)  # a row of the vocabulary, but no token of any text
     probabilities = logits.softmax(-1)
     if params.greedy:
         confidence, tokens = probabilities.max(-1)
@@ -149,20 +179,121 @@ def _decide(network: Network, state: BlockState, hidden: Tensor, reveal: Reveal,
         tokens = draw(params.probabilities(logits), uniforms(state.seeds, state.forwards, size))
         confidence = probabilities.gather(-1, tokens[..., None])[..., 0]
     chosen = choose_reveals(confidence, masks(), reveal)
-    state.block = torch.where(chosen, tokens, state.block)
-    done = ~masks().any(1)
+    state.block.copy_(torch.where(chosen, tokens, state.block))
+    done = ~masks().any(1) & state.active
     result = torch.cat((state.block, chosen.sum(1, keepdim=True), done[:, None]), 1)
     # A row that ends here may leave masks in its tile; it is not run again.
-    state.tile = torch.where(done[:, None], state.block.clamp(min=0), state.tile)
-    state.block = torch.where(done[:, None], MASKED, state.block)
-    state.finished = done
-    state.forwards = state.forwards + 1
+    state.tile.copy_(torch.where(done[:, None], state.block.clamp(min=0), state.tile))
+    state.block.masked_fill_(done[:, None], MASKED)
+    state.finished.copy_(done)
+    state.forwards.add_(1)
     return result
+
+
+class Denoiser:
+    """Forwards over one batch, launched one by one."""
+
+    def __init__(self, network: Network, reveal: Reveal, params: SamplingParams) -> None:
+        self.network, self.reveal, self.params = network, reveal, params
+        self.state: BlockState | None = None
+
+    def start(
+        self, prompts: Sequence[list[int]], rows: Sequence[int], room: Sequence[int], eos_ids: frozenset[int]
+    ) -> Tensor:
+        """Begin a batch; arguments and result as in `denoise_prefill`."""
+        self.state, result = denoise_prefill(self.network, prompts, rows, room, eos_ids, self.reveal, self.params)
+        return result
+
+    def step(self, finished: bool, longest: int) -> Tensor:
+        """The next forward, see `denoise`."""
+        assert self.state is not None
+        return denoise(self.network, self.state, self.reveal, self.params, finished, longest)
+
+    def keep(self, alive: list[int]) -> list[int]:
+        """Only the rows `alive` go on; returns the rows that the next results are about, by their present numbers."""
+        assert self.state is not None
+        self.state.move_rows(torch.tensor(alive, device=self.state.active.device))
+        self.state = self.state.first(len(alive))
+        return alive
+
+
+class GraphDenoiser(Denoiser):
+    """Every (rows, decoder, sampling) is captured once as a CUDA graph. Prefills are not, nor do batches shrink.
+
+    It is kept with the network, as captured steps of drafting models are.
+    """
+
+    def __init__(self, network: Network, recorder: GraphRunner) -> None:
+        super().__init__(network, Reveal(), SamplingParams())
+        self.recorder = recorder
+        self.held: BlockState | None = None
+        self.graphs: dict[tuple, Captured] = {}
+
+    def start(
+        self, prompts: Sequence[list[int]], rows: Sequence[int], room: Sequence[int], eos_ids: frozenset[int]
+    ) -> Tensor:
+        result = super().start(prompts, rows, room, eos_ids)
+        joined, held = self.state, self.held
+        assert joined is not None
+        if (
+            held is None
+            or len(held.active) < len(prompts)
+            or held.cache.capacity < joined.cache.capacity
+            or held.eos_ids.tolist() != sorted(eos_ids)
+        ):
+            self.graphs.clear()
+            self.recorder.forget()
+            self.held = held = None  # its memory first
+            count, size = power_of_two(len(prompts)), joined.block.shape[1]
+            capacity = roomy_capacity(joined.cache.capacity)
+            self.held = held = BlockState.empty(count, capacity, size, sorted(eos_ids), joined.block.device)
+        held.put(joined)
+        self.state = held.first(len(prompts))
+        return result
+
+    @torch.inference_mode()
+    def step(self, finished: bool, longest: int) -> Tensor:
+        assert self.state is not None
+        key = (len(self.state.active), self.reveal, replace(self.params, seed=0), finished)
+        if key not in self.graphs:
+            if len(self.graphs) >= MOST_GRAPHS:
+                self.graphs.clear()
+            self.graphs[key] = self._capture(self.state, finished)
+        self.graphs[key].graph.replay()
+        return self.graphs[key].result
+
+    def keep(self, alive: list[int]) -> list[int]:
+        assert self.state is not None
+        rows = len(self.state.active)
+        self.state.active.copy_(torch.tensor([row in alive for row in range(rows)]))
+        return list(range(rows))
+
+    def _capture(self, state: BlockState, finished: bool) -> Captured:
+        tensors = [state.cache.lengths, *state.rows()]
+        kept = [tensor.clone() for tensor in tensors]
+        reveal, params = self.reveal, self.params
+        graph, result = self.recorder.record(
+            lambda: denoise(self.network, state, reveal, params, finished), f"denoising of {len(state.active)} rows"
+        )
+        for tensor, value in zip(tensors, kept, strict=True):
+            tensor.copy_(value)
+        return Captured(graph, result)
+
+
+def denoiser_for(network: Network, reveal: Reveal, params: SamplingParams) -> Denoiser:
+    """The network's own captured forwards on a GPU, eager ones elsewhere."""
+    prepare_fused(network)
+    if network.device.type != "cuda":
+        return Denoiser(network, reveal, params)
+    if not isinstance(network.runner, GraphDenoiser):
+        network.runner = GraphDenoiser(network, GraphRunner(network))
+    network.runner.reveal, network.runner.params = reveal, params
+    return network.runner
 
 
 @dataclass
 class _Place:
-    """A running row: how much of its block is part of the answer or prompt already, and the tokens in its cache."""
+    """A row of the batch: how much of its block is handed out (or prompt) already, and the tokens in its cache."""
 
     row: Row
     emitted: int
@@ -200,7 +331,6 @@ class BlockDiffusion:
         An update has the tokens before the first mask. A batch is not refilled: it shrinks as its rows end.
         """
         rows = [new_row(self.network, self.tokenizer, i, prompt, limits, streaming) for i, prompt in enumerate(prompts)]
-        prepare_fused(self.network)
         size = batch_size or max(1, len(prompts))
         for first in range(0, len(rows), size):
             yield from self._batch([(row, prompts[row.answer.row]) for row in rows[first : first + size]], limits)
@@ -211,28 +341,28 @@ class BlockDiffusion:
         places = [_Place(row, len(prompt) % size, len(prompt) // size * size) for row, prompt in jobs]
         for place in places:
             place.row.started = started
-        state, result = denoise_prefill(
-            self.network,
+        denoiser = denoiser_for(self.network, self.reveal, self.params)
+        result = denoiser.start(
             [prompt for _, prompt in jobs],
             [row.answer.row for row, _ in jobs],
             [row.room for row, _ in jobs],
             limits.eos_ids,
-            self.reveal,
-            self.params,
         )
         while True:
-            done = result[:, -1].tolist()
-            yield [_collect(place, values, limits) for place, values in zip(places, result.tolist(), strict=True)]
-            longest = max(place.cached for place in places)  # as it was before the tiles that are now finished
-            alive = [i for i, place in enumerate(places) if place.row.answer.finish_reason is None]
+            values = result.tolist()
+            before = [i for i, place in enumerate(places) if place.row.answer.finish_reason is None]
+            yield [_collect(places[i], values[i], limits) for i in before]
+            alive = [i for i in before if places[i].row.answer.finish_reason is None]
             if not alive:
                 return
-            if len(alive) < len(places):
-                state.keep_rows(torch.tensor(alive, device=result.device))
-                places, done = [places[i] for i in alive], [done[i] for i in alive]
-            result = denoise(self.network, state, self.reveal, self.params, any(done), longest)
-            for place, finished in zip(places, done, strict=True):
-                place.cached += size * finished
+            if len(alive) < len(before):
+                kept = denoiser.keep(alive)
+                places, values = [places[i] for i in kept], [values[i] for i in kept]
+                alive = [i for i, place in enumerate(places) if place.row.answer.finish_reason is None]
+            done = [i for i in alive if values[i][-1]]
+            result = denoiser.step(bool(done), max(places[i].cached for i in alive))
+            for i in done:
+                places[i].cached += size
 
 
 def _collect(place: _Place, result: list[int], limits: Limits) -> Update:

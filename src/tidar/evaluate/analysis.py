@@ -243,8 +243,8 @@ def _limits(result: dict[str, Any], rows: list[Row], graded: int) -> list[str]:
         )
     if any(row.facts["kind"] == "block-diffusion" for row in rows) and "cpu" not in _device_kind(result):
         texts.append(
-            "On a GPU, TiDAR and AR replay captured CUDA graphs and block diffusion launches its kernels one by one, "
-            "so its tokens per second are lower than they could be; its tokens per forward are not affected."
+            "On a GPU all forwards of our engine are captured CUDA graphs, but for block diffusion's prefills: its "
+            "tokens per second are a little lower than they could be, its tokens per forward are not affected."
         )
     if any(row.facts["kind"] == "assisted" for row in rows):
         texts.append("Forwards of a draft model are not counted as forwards; the time that they take is.")
