@@ -272,8 +272,8 @@ def test_sampling_methods_draw(models):
     settings = Settings(str(models / "base"), 12, temperature=1.0, seed=1, device="cpu", dtype="float32")
     for text in ("ar", "transformers", "assisted:{m}/draft"):
         contestant = prepare(parse_method(text.format(m=models)), Models(settings))
-        other = prepare(parse_method(text.format(m=models)), Models(settings._replace(seed=2)))
-        assert contestant("hi").token_ids == contestant("hi").token_ids != other("hi").token_ids
+        other = prepare(parse_method(text.format(m=models)), Models(settings))
+        assert contestant("hi", 1).token_ids == other("hi", 1).token_ids != other("hi", 2).token_ids
 
 
 # Reports
@@ -441,6 +441,28 @@ def test_nothing_graded_means_nothing_about_quality():
     page = to_html(analysis)
     assert "Quality and speed" not in page
     assert "quality shown" not in page
+
+
+@pytest.mark.parametrize("missing", ["conditions", "items", "gains", "seconds", "parameters"])
+def test_a_result_that_lacks_something_is_one_line(missing):
+    result = made()
+    for entry in (result, result["methods"][0], result["runs"]["ar"][0]):
+        entry.pop(missing, None)
+    with pytest.raises(TidarError, match=f"is incomplete: it lacks '{missing}'") as error:
+        analyse(result)
+    assert "\n" not in str(error.value)
+
+
+def test_every_prompt_draws_its_own_numbers(models):
+    """Two prompts that read the same get different answers, and the same ones again in a second run."""
+    settings = Settings(str(models / "base"), 12, temperature=1.0, device="cpu", dtype="float32")
+    twice = [Item("f, line 1", "1", "all", "hi"), Item("f, line 2", "2", "all", "hi")]
+    runs = []
+    for _ in range(2):
+        *_, result = compare([parse_method("ar"), parse_method("transformers")], twice, settings)
+        runs.append({name: [r["token_ids"] for r in run] for name, run in result["runs"].items()})
+    assert runs[0] == runs[1]
+    assert all(one != other for one, other in runs[0].values())
 
 
 def test_a_report_of_an_interrupted_run_has_what_was_finished():

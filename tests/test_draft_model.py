@@ -55,8 +55,8 @@ def test_a_draft_model_learns_and_drafts(folder, answers, tmp_path):
     assert draft.get_input_embeddings().weight.equal(base.get_input_embeddings().weight)
     assert not draft.model.layers[0].mlp.up_proj.weight.equal(base.model.layers[0].mlp.up_proj.weight)
     models = Models(Settings(folder, max_new_tokens=24, device="cpu", dtype="float32"))
-    plain = prepare(parse_method("ar"), models)("say 3")
-    drafted = prepare(parse_method(f"assisted:{out}"), models)("say 3")
+    plain = prepare(parse_method("ar"), models)("say 3", 0)
+    drafted = prepare(parse_method(f"assisted:{out}"), models)("say 3", 0)
     assert drafted.token_ids == plain.token_ids
     assert drafted.forwards < plain.forwards
 

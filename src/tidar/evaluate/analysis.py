@@ -98,10 +98,17 @@ def analyse(result: dict[str, Any], baseline: str | None = None, scores: dict[st
     """
     if not isinstance(result, dict) or result.get("version") != VERSION or not result.get("runs"):
         raise TidarError("this is no result of `tidar compare` that this version reads")
+    try:
+        return _analyse(result, baseline, scores or {})
+    except KeyError as error:
+        raise TidarError(f"this result of `tidar compare` is incomplete: it lacks {error}") from error
+
+
+def _analyse(result: dict[str, Any], baseline: str | None, scores: dict[str, Any]) -> Analysis:
     methods = [m for m in result["methods"] if m["name"] in result["runs"]]  # an interrupted run lacks some
     names = [m["name"] for m in methods]
     baseline = baseline or next((m["name"] for m in methods if m["kind"] == "ar"), names[0])
-    for name in (baseline, *(scores or {})):
+    for name in (baseline, *scores):
         if name not in names:
             raise TidarError(f"no method is called {name!r}; there are {', '.join(map(repr, names))}")
     runs, items = result["runs"], result["items"]
@@ -110,7 +117,7 @@ def analyse(result: dict[str, Any], baseline: str | None = None, scores: dict[st
     for effects, nothing in (([r.faster for r in rows], 1.0), ([r.righter for r in rows], 0.0)):
         _correct([effect for effect in effects if effect is not None], nothing)
     for row in rows:
-        row.scores = dict((scores or {}).get(row.name, {}))
+        row.scores = dict(scores.get(row.name, {}))
     graded = sum(record["correct"] is not None for record in base)
     return Analysis(
         result["conditions"],

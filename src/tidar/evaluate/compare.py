@@ -65,20 +65,25 @@ def compare(
         "runs": {},
     }
     for name in names:  # captures, fused weights, the allocator
-        contestants[name](items[0].prompt)
+        contestants[name](items[0].prompt, settings.seed)
     for done in range(passes):
         first = done * max(1, len(names) // passes) % len(names)
         for name in names[first:] + names[:first]:
-            _run(result["runs"], name, contestants[name], items, grade)
+            _run(result["runs"], name, contestants[name], items, settings.seed, grade)
             print(f"pass {done + 1}/{passes}: {name}", file=sys.stderr)
             yield result
 
 
 def _run(
-    runs: dict[str, list[dict[str, Any]]], name: str, contestant: Contestant, items: Sequence[Item], grade: Grade
+    runs: dict[str, list[dict[str, Any]]],
+    name: str,
+    contestant: Contestant,
+    items: Sequence[Item],
+    seed: int,
+    grade: Grade,
 ) -> None:
     """One pass of one method."""
-    replies = [contestant(item.prompt) for item in items]
+    replies = [contestant(item.prompt, seed * len(items) + place) for place, item in enumerate(items)]
     if name in runs:
         for record, reply in zip(runs[name], replies, strict=True):
             record["seconds"].append(round(reply.seconds, 6))

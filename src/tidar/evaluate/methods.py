@@ -152,7 +152,8 @@ class Reply(NamedTuple):
     seconds: float
 
 
-Contestant = Callable[[Prompt], Reply]
+Contestant = Callable[[Prompt, int], Reply]
+"""(prompt, seed) -> Reply. Every prompt has a seed of its own: the same draws for all would not be independent."""
 
 
 class Settings(NamedTuple):
@@ -197,7 +198,7 @@ def prepare(method: Method, models: Models) -> Contestant:
 
 
 def _prepare(method: Method, models: Models, model: TidarModel, settings: Settings) -> Contestant:
-    sampling = {"temperature": settings.temperature, "seed": settings.seed, "max_new_tokens": settings.max_new_tokens}
+    sampling = {"temperature": settings.temperature, "max_new_tokens": settings.max_new_tokens}
     SamplingParams(settings.temperature, seed=settings.seed)
     if method.kind == "tidar":
         return _ours(model, mode="tidar", **sampling, **_values(method.options))
@@ -247,9 +248,9 @@ def _ours(model: TidarModel, **options: Any) -> Contestant:
     """Our engine, in any mode."""
     model.check(**options)
 
-    def run(prompt: Prompt) -> Reply:
+    def run(prompt: Prompt, seed: int) -> Reply:
         started = time.perf_counter()
-        answer = model.generate([prompt], batch_size=1, **options)[0]
+        answer = model.generate([prompt], batch_size=1, seed=seed, **options)[0]
         seconds = time.perf_counter() - started
         prefill = [] if options["mode"] == "block-diffusion" else [1]  # block diffusion counts its first forward itself
         gains = [*prefill, *answer.acceptance_lengths]
@@ -290,14 +291,14 @@ class TransformersContestant:
             self.options = {**options, "assistant_model": draft.hf_model}
 
     @torch.inference_mode()
-    def __call__(self, prompt: Prompt) -> Reply:
+    def __call__(self, prompt: Prompt, seed: int) -> Reply:
         tokenizer, lm, settings = self.model.tokenizer, self.model.hf_model, self.settings
         assert tokenizer is not None
         ids, forwards, sizes = torch.tensor([encode_prompt(tokenizer, prompt)]), 0, _Sizes()
         options: dict[str, Any] = {"do_sample": False}
         if not SamplingParams(settings.temperature).greedy:
             options = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
-            transformers.set_seed(settings.seed)
+            transformers.set_seed(seed % 2**32)  # what numpy takes
 
         def count(*_: object) -> None:
             nonlocal forwards
