@@ -23,7 +23,7 @@ from tidar.evaluate.analysis import analyse
 from tidar.evaluate.compare import VERSION, compare
 from tidar.evaluate.final_answer import grade_final_number, last_number
 from tidar.evaluate.items import Item
-from tidar.evaluate.methods import KINDS, Method, Models, Settings, parse_method, prepare, read_methods
+from tidar.evaluate.methods import KINDS, Method, Models, Reply, Settings, parse_method, prepare, read_methods
 from tidar.evaluate.report import to_html, to_markdown
 from tidar.evaluate.statistics import (
     Interval,
@@ -369,7 +369,7 @@ def test_a_small_model_is_said_to_be_small():
     limits = " ".join(analyse(made()).limits)
     assert "135M parameters" in limits
     assert "cannot show the quality" in limits
-    assert "One pass" in limits
+    assert "timed once" in limits
 
 
 class Page(HTMLParser):
@@ -467,8 +467,41 @@ def test_every_prompt_draws_its_own_numbers(models):
 
 def test_a_report_of_an_interrupted_run_has_what_was_finished():
     result = made()
-    del result["runs"]["like ar"]
-    assert [row.name for row in analyse(result).rows] == ["ar", "fast <b>"]
+    del result["runs"]["like ar"][7:]
+    analysis = analyse(result)
+    assert analysis.prompts == 7
+    assert analysis.rows[0].new_tokens == sum(r["new_tokens"] for r in result["runs"]["ar"][:7])
+    assert any("interrupted: 7 of 24" in text for text in analysis.limits)
+    result["runs"]["ar"] = []
+    with pytest.raises(TidarError, match="no prompt that all methods answered"):
+        analyse(result)
+
+
+def test_methods_take_turns(models, monkeypatch):
+    """Every prompt goes to all methods before the next, beginning with another each time."""
+    asked = []
+
+    def prepared(method, models_):
+        prepare(method, models_)
+
+        def contestant(prompt, seed):
+            asked.append((method.name, prompt))
+            return Reply([1], "7", 1, [1], 0.5 if prompt == "a" else 0.25)
+
+        return contestant
+
+    monkeypatch.setattr("tidar.evaluate.compare.prepare", prepared)
+    items = [Item("", str(i), "all", prompt, gold="7") for i, prompt in enumerate("ab")]
+    methods = [parse_method("ar"), parse_method("transformers"), parse_method("prompt-lookup")]
+    settings = Settings(str(models / "base"), device="cpu")
+    *_, result = compare(methods, items, settings, passes=2, grade=lambda item, text: item.prompt == "a")
+    turns = [("ar", "transformers", "prompt-lookup"), ("transformers", "prompt-lookup", "ar")]
+    turns += [turns[1], ("prompt-lookup", "ar", "transformers")]
+    warm = [(name, "a") for name in turns[0]]
+    assert asked == warm + [(n, p) for p, names in zip("abab", turns, strict=True) for n in names]
+    for run in result["runs"].values():
+        assert [r["seconds"] for r in run] == [[0.5, 0.5], [0.25, 0.25]]
+        assert [r["correct"] for r in run] == [True, False]
 
 
 # The command

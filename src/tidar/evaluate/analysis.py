@@ -105,13 +105,18 @@ def analyse(result: dict[str, Any], baseline: str | None = None, scores: dict[st
 
 
 def _analyse(result: dict[str, Any], baseline: str | None, scores: dict[str, Any]) -> Analysis:
-    methods = [m for m in result["methods"] if m["name"] in result["runs"]]  # an interrupted run lacks some
+    methods = result["methods"]
     names = [m["name"] for m in methods]
     baseline = baseline or next((m["name"] for m in methods if m["kind"] == "ar"), names[0])
     for name in (baseline, *scores):
         if name not in names:
             raise TidarError(f"no method is called {name!r}; there are {', '.join(map(repr, names))}")
-    runs, items = result["runs"], result["items"]
+    # An interrupted run has answers to the first prompts only.
+    finished = min(len(result["runs"][name]) for name in names)
+    if not finished:
+        raise TidarError("this result of `tidar compare` has no prompt that all methods answered")
+    runs = {name: result["runs"][name][:finished] for name in names}
+    items = result["items"][:finished]
     base = runs[baseline]
     rows = [_row(facts, runs[facts["name"]], base, items, facts["name"] == baseline) for facts in methods]
     for effects, nothing in (([r.faster for r in rows], 1.0), ([r.righter for r in rows], 0.0)):
@@ -127,7 +132,7 @@ def _analyse(result: dict[str, Any], baseline: str | None, scores: dict[str, Any
         graded,
         rows,
         _findings(rows, baseline),
-        _limits(result, rows, graded),
+        _limits(result, rows, len(items), graded),
         _trust_sweeps(rows),
         _samples(items, runs, names),
     )
@@ -224,7 +229,7 @@ def _findings(rows: list[Row], baseline: str) -> list[str]:
     return found
 
 
-def _limits(result: dict[str, Any], rows: list[Row], graded: int) -> list[str]:
+def _limits(result: dict[str, Any], rows: list[Row], prompts: int, graded: int) -> list[str]:
     """What this comparison cannot show, said before anybody asks."""
     smallest = min(row.facts["parameters"] for row in rows)
     texts = []
@@ -237,7 +242,9 @@ def _limits(result: dict[str, Any], rows: list[Row], graded: int) -> list[str]:
             "its speed-ups carry over: at 1.5B or 8B parameters a forward is bound by reading weights, here by "
             "launches and small products."
         )
-    if len(result["items"]) < FEWEST:
+    if prompts < len(result["items"]):
+        texts.append(f"The run was interrupted: {prompts} of {len(result['items'])} prompts were answered.")
+    if prompts < FEWEST:
         texts.append(f"With fewer than {FEWEST} prompts no difference can be shown, however large it is.")
     if not graded:
         texts.append("No prompt has a known answer that was graded, so nothing here is about quality.")
@@ -256,7 +263,7 @@ def _limits(result: dict[str, Any], rows: list[Row], graded: int) -> list[str]:
     if any(row.facts["kind"] == "assisted" for row in rows):
         texts.append("Forwards of a draft model are not counted as forwards; the time that they take is.")
     if result["conditions"]["passes"] == 1:
-        texts.append("One pass: a disturbance of the machine while one method ran would look like an effect.")
+        texts.append("Each prompt was timed once, by all methods in turn; more passes make times less noisy.")
     texts.append(
         "Intervals and tests are over prompts. They say nothing about another seed of training, another machine or "
         "another kind of text."

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from tidar.evaluate.statistics import Interval
 
-WIDTH, HEIGHT = 520, 340
+WIDTH, HEIGHT = 420, 300
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 12, 46
 TICKS = 5
 
@@ -50,8 +50,8 @@ class Axis(NamedTuple):
 
 def scatter(points: Sequence[Point], x_label: str, y_label: str, percent: bool) -> str:
     """Points with their intervals as crosses; `percent` formats the y axis."""
-    x = _axis([p.x for p in points], LEFT, WIDTH - RIGHT, zero=True)
-    y = _axis([p.y for p in points], HEIGHT - BOTTOM, TOP, zero=True)
+    x = _axis([p.x for p in points], LEFT, WIDTH - RIGHT, below=0.04)
+    y = _axis([p.y for p in points], HEIGHT - BOTTOM, TOP, below=0.06)
     marks = []
     for p in points:
         cx, cy = x(p.x.value), y(p.y.value)
@@ -68,9 +68,9 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str, percent: bool) 
 
 def lines(xs: Sequence[float], ys: Sequence[Interval], x_label: str, y_label: str, percent: bool, group: int) -> str:
     """One line with a band for its intervals."""
-    height = 240
+    height = 220
     x = Axis(min(xs), max(xs), LEFT, WIDTH - RIGHT - 8)
-    y = _axis(list(ys), height - BOTTOM, TOP, zero=True)
+    y = _axis(list(ys), height - BOTTOM, TOP)
     upper = [f"{x(a):.1f} {y(b.high):.1f}" for a, b in zip(xs, ys, strict=True)]
     lower = [f"{x(a):.1f} {y(b.low):.1f}" for a, b in zip(xs, ys, strict=True)][::-1]
     middle = [f"{x(a):.1f} {y(b.value):.1f}" for a, b in zip(xs, ys, strict=True)]
@@ -110,11 +110,11 @@ def histogram(counts: Sequence[int], group: int, label: str) -> str:
     return _svg(height, f'{base}<g class="g{group}">{"".join(bars)}</g>', label, width)
 
 
-def _axis(intervals: Sequence[Interval], begin: float, end: float, zero: bool) -> Axis:
-    low, high = min(i.low for i in intervals), max(i.high for i in intervals)
-    low = min(low, 0.0) if zero else low
-    high = high if high > low else low + 1.0
-    return Axis(low, high + 0.06 * (high - low), begin, end)
+def _axis(intervals: Sequence[Interval], begin: float, end: float, below: float = 0.0) -> Axis:
+    """From zero, or a share `below` of the range under it, to a little above the highest interval."""
+    low, high = min(0.0, *(i.low for i in intervals)), max(i.high for i in intervals)
+    span = high - low if high > low else 1.0
+    return Axis(low - below * span, low + 1.06 * span, begin, end)
 
 
 def _frame(x: Axis, y: Axis, x_label: str, y_label: str, percent: bool) -> str:

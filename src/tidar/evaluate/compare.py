@@ -14,9 +14,9 @@ from tidar.evaluate.items import Item, as_messages
 from tidar.evaluate.methods import (
     ASSISTED_K,
     LOOKUP_K,
-    Contestant,
     Method,
     Models,
+    Reply,
     Settings,
     model_of,
     prepare,
@@ -36,8 +36,9 @@ def compare(
 ) -> Iterator[dict[str, Any]]:
     """Answer every item by every method, one prompt at a time; yields the result as it grows.
 
-    All models stay in memory. Every pass goes through all methods, beginning with another one each time, so that a
-    disturbance of the machine does not hit one method alone. Answers are those of the first pass; later ones add times.
+    All models stay in memory. Every prompt is answered by all methods before the next one, each time beginning with
+    another, so that what disturbs the machine meanwhile is no difference between methods. Answers are those of the
+    first pass; later ones add times.
 
     Args:
         grade: judges answers of items with a known one; the place for other graders.
@@ -62,33 +63,27 @@ def compare(
         "model": settings.model,
         "methods": [_facts(method, models, items) for method in methods],
         "items": [_question(item) for item in items],
-        "runs": {},
+        "runs": {name: [] for name in names},
     }
     for name in names:  # captures, fused weights, the allocator
         contestants[name](items[0].prompt, settings.seed)
     for done in range(passes):
-        first = done * max(1, len(names) // passes) % len(names)
-        for name in names[first:] + names[:first]:
-            _run(result["runs"], name, contestants[name], items, settings.seed, grade)
-            print(f"pass {done + 1}/{passes}: {name}", file=sys.stderr)
+        for place, item in enumerate(items):
+            first = (done + place) % len(names)
+            for name in names[first:] + names[:first]:
+                reply = contestants[name](item.prompt, settings.seed * len(items) + place)
+                _keep(result["runs"][name], place, item, reply, grade)
+            print(f"pass {done + 1}/{passes}: {place + 1}/{len(items)} prompts", end="\r", file=sys.stderr, flush=True)
             yield result
+        print(file=sys.stderr)
 
 
-def _run(
-    runs: dict[str, list[dict[str, Any]]],
-    name: str,
-    contestant: Contestant,
-    items: Sequence[Item],
-    seed: int,
-    grade: Grade,
-) -> None:
-    """One pass of one method."""
-    replies = [contestant(item.prompt, seed * len(items) + place) for place, item in enumerate(items)]
-    if name in runs:
-        for record, reply in zip(runs[name], replies, strict=True):
-            record["seconds"].append(round(reply.seconds, 6))
+def _keep(run: list[dict[str, Any]], place: int, item: Item, reply: Reply, grade: Grade) -> None:
+    """Note an answer, or in later passes its time."""
+    if place < len(run):
+        run[place]["seconds"].append(round(reply.seconds, 6))
         return
-    runs[name] = [
+    run.append(
         {
             "text": reply.text,
             "token_ids": reply.token_ids,
@@ -98,8 +93,7 @@ def _run(
             "seconds": [round(reply.seconds, 6)],
             "correct": grade(item, reply.text),
         }
-        for item, reply in zip(items, replies, strict=True)
-    ]
+    )
 
 
 def _check_prompts(items: Sequence[Item], models: Models) -> None:

@@ -36,7 +36,7 @@ th { color: var(--soft); font-weight: 600 }
 th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 8.5rem;
   position: sticky; left: 0; background: var(--bg) }
 td small { color: var(--soft); display: block; font-size: .78rem }
-td.t { text-align: left }
+.text th, .text td { text-align: left } .text td { white-space: normal; overflow-wrap: anywhere }
 .better { color: var(--c3); font-weight: 600 } .worse { color: var(--c2); font-weight: 600 }
 figure { margin: .6rem 0 } svg { width: 100%; height: auto; max-width: 44rem; display: block }
 .many { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: .8rem }
@@ -73,7 +73,7 @@ def to_html(analysis: Analysis) -> str:
         _optional("Graded elsewhere", score_table(analysis), analysis),
         "<h2>What ran</h2>" + _table(facts_table(analysis), _caption(analysis)),
         "<h2>First answers</h2>" + "".join(map(_sample, analysis.samples)),
-        f"<h2>Conditions</h2>{_table(conditions_table(analysis), '')}",
+        f"<h2>Conditions</h2>{_table(conditions_table(analysis), '', 'text')}",
     ]
     head = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
@@ -239,10 +239,10 @@ def _list(texts: Sequence[str]) -> str:
     return "<ul>" + "".join(f"<li>{escape(text)}</li>" for text in texts) + "</ul>" if texts else "<p>Nothing.</p>"
 
 
-def _table(table: Table, caption: str) -> str:
+def _table(table: Table, caption: str, kind: str = "numbers") -> str:
     head = "".join(f"<th>{escape(str(cell))}</th>" for cell in table[0])
     body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in table[1:])
-    text = f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    text = f"<div class=wide><table class={kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     return text + (f"<p class=soft>{escape(caption)}</p>" if caption else "")
 
 
