@@ -346,7 +346,10 @@ def test_only_what_is_shown_is_called_better():
 def test_few_prompts_never_show_anything():
     analysis = analyse(made(prompts=5, speeds=(1.0, 50.0, 0.01)))
     assert {row.faster.shown for row in analysis.rows[1:]} == {"not shown"}
-    assert any("fewer than 6 prompts" in text for text in analysis.limits)
+    enough = analyse(made(prompts=7, speeds=(1.0, 50.0, 0.01)))
+    assert [row.faster.shown for row in enough.rows[1:]] == ["better", "worse"]
+    assert not any("no difference can be shown" in text for text in enough.limits)
+    assert any("With 5 prompts and 2 methods beside the baseline no difference" in text for text in analysis.limits)
 
 
 def test_figures_by_hand():

@@ -10,6 +10,7 @@ from typing import Any
 from tidar.errors import TidarError
 from tidar.evaluate.compare import VERSION
 from tidar.evaluate.statistics import (
+    LEVEL,
     Interval,
     holm,
     mean_interval,
@@ -18,13 +19,12 @@ from tidar.evaluate.statistics import (
     relative_interval,
     share_error,
     share_interval,
+    smallest_p,
     verdict,
 )
 
 SMALL = 1_000_000_000
 """Parameters below which a report warns what such a model cannot show."""
-FEWEST = 6
-"""Prompts below which no sign-flip test reaches 5%."""
 
 
 @dataclass
@@ -244,8 +244,11 @@ def _limits(result: dict[str, Any], rows: list[Row], prompts: int, graded: int) 
         )
     if prompts < len(result["items"]):
         texts.append(f"The run was interrupted: {prompts} of {len(result['items'])} prompts were answered.")
-    if prompts < FEWEST:
-        texts.append(f"With fewer than {FEWEST} prompts no difference can be shown, however large it is.")
+    tests = len(rows) - 1
+    if tests * smallest_p(prompts) >= 1 - LEVEL:
+        texts.append(
+            f"With {prompts} prompts and {tests} methods beside the baseline no difference can be shown, however large."
+        )
     if not graded:
         texts.append("No prompt has a known answer that was graded, so nothing here is about quality.")
     engines = {row.facts["engine"] for row in rows}

@@ -86,6 +86,11 @@ def paired_p(differences: Sequence[float], draws: int = 20_000) -> float:
     return float((1 + (np.abs(signs @ nonzero) >= seen).sum()) / (1 + draws))
 
 
+def smallest_p(pairs: int) -> float:
+    """The p-value of `pairs` differences that all have one sign: no result is surer."""
+    return min(1.0, 2.0 ** (1 - pairs))
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's correction: p-values that may all be compared with one level, however many comparisons there are."""
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
