@@ -13,8 +13,9 @@ from test_runner import AskNothing, Replayed
 from tidar import TidarError, TidarModel
 from tidar.config import TidarConfig
 from tidar.decode import block_diffusion as module
-from tidar.decode.block_diffusion import BlockDiffusion, GraphDenoiser, denoise, denoise_prefill
+from tidar.decode.block_diffusion import BlockDiffusion, GraphDenoiser
 from tidar.decode.cache import RowCache
+from tidar.decode.denoise import denoise, denoise_prefill
 from tidar.decode.engine import Answer, Engine, Limits
 from tidar.decode.step import Plan
 from tidar.layout import block_causal_layout, denoise_layout, denoise_prefill_layout

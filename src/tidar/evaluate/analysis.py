@@ -239,8 +239,8 @@ def _limits(result: dict[str, Any], rows: list[Row], prompts: int, graded: int) 
             f"A model of {millions} parameters can show how many tokens a forward gives, what a step costs here, and "
             "whether a lossless method changes the answers. It cannot show the quality that a method keeps at useful "
             "sizes: its scores are near the floor, so a method that hurts a good model may look harmless here. Nor do "
-            "its speed-ups carry over: at 1.5B or 8B parameters a forward is bound by reading weights, here by "
-            "launches and small products."
+            "its speed-ups carry over: at 1.5B or 8B parameters a forward is bound by reading weights, here much of it "
+            "is overhead."
         )
     if prompts < len(result["items"]):
         texts.append(f"The run was interrupted: {prompts} of {len(result['items'])} prompts were answered.")
@@ -258,7 +258,8 @@ def _limits(result: dict[str, Any], rows: list[Row], prompts: int, graded: int) 
             "tokens per second between engines compare implementations as well. The method 'transformers' is plain "
             "decoding by the second engine."
         )
-    if any(row.facts["kind"] == "block-diffusion" for row in rows) and "cpu" not in _device_kind(result):
+    on_gpu = not result["conditions"].get("threads")
+    if on_gpu and any(row.facts["kind"] == "block-diffusion" for row in rows):
         texts.append(
             "On a GPU all forwards of our engine are captured CUDA graphs, but for block diffusion's prefills: its "
             "tokens per second are a little lower than they could be, its tokens per forward are not affected."
@@ -272,10 +273,6 @@ def _limits(result: dict[str, Any], rows: list[Row], prompts: int, graded: int) 
         "another kind of text."
     )
     return texts
-
-
-def _device_kind(result: dict[str, Any]) -> str:
-    return "cpu" if result["conditions"].get("threads") else "cuda"
 
 
 def _trust_sweeps(rows: list[Row]) -> list[list[Row]]:
