@@ -131,7 +131,7 @@ def bench_train(
         replace(config, objective=name).check_options()
     if steps < 2 * training.LOGS:
         raise TidarError(f"steps is {steps}, but must be at least {2 * training.LOGS}")
-    _writable(out)
+    o.check_writable(_named(out, ".json"))
     result = _kept(training.measure(config, objectives), out)
     table = Table(
         "objective", "tokens/s", "time a token", "MFU", "peak GiB", title=f"{model}, {sequence_length:,} tokens"

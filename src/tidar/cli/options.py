@@ -13,7 +13,18 @@ from tidar.errors import TidarError
 
 Model = Annotated[str, typer.Option(help="'smollm2-135m', a drafter or model folder, or a Hugging Face id.")]
 DrafterFolder = Annotated[str | None, typer.Option("--drafter", help="Drafter folder instead of the model's own.")]
-Mode = Annotated[str, typer.Option(help="'tidar' drafts and verifies, 'ar' is plain decoding.")]
+Mode = Annotated[
+    str,
+    typer.Option(
+        help="'tidar' drafts and verifies, 'ar' is plain decoding, 'block-diffusion' is for models of that objective."
+    ),
+]
+Decoder = Annotated[
+    str | None,
+    typer.Option(
+        help="Of block-diffusion: max-confidence, left-to-right, fixed-N or confidence>P [default: max-confidence]."
+    ),
+]
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 TopK = Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")]

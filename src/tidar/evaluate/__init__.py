@@ -1,1 +1,1 @@
-"""Quality: lm-evaluation-harness tasks on any model of ours, and graders for what it leaves to others."""
+"""Quality by lm-evaluation-harness, acceptance by category, and methods side by side."""

@@ -1,0 +1,140 @@
+"""`tidar compare`: several methods on the same prompts, and a report of what that shows."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+from transformers.utils import logging as hf_logging
+from typer import Option
+
+from tidar.cli import options as o
+from tidar.errors import TidarError, first_line
+from tidar.evaluate.analysis import analyse
+from tidar.evaluate.compare import compare as run_all
+from tidar.evaluate.items import Item, read_items
+from tidar.evaluate.methods import Method, Settings, parse_method, read_methods
+from tidar.evaluate.report import to_html, to_markdown
+
+ENDINGS = (".json", ".md", ".html")
+
+
+def compare(
+    prompts: Annotated[list[str] | None, Option(help="NAME=FILE.jsonl[:FIRST_N] (repeatable).")] = None,
+    method: Annotated[
+        list[str] | None,
+        Option(
+            help="KIND[:FOLDER][:OPTIONS] (repeatable): tidar:K=8,trust=0.5, ar, ar:FOLDER, "
+            "block-diffusion:FOLDER:confidence>0.9, assisted:DRAFTMODEL, prompt-lookup, transformers."
+        ),
+    ] = None,
+    methods: Annotated[Path | None, Option(help="YAML file with a list of them.")] = None,
+    model: o.Model = "smollm2-135m",
+    out: Annotated[Path, Option(help="Where to write: OUT.json, OUT.md, OUT.html.")] = Path("compare"),
+    render: Annotated[Path | None, Option(help="Run nothing: make the report of this JSON file again.")] = None,
+    baseline: Annotated[
+        str | None, Option(help="Method that others are tested against [default: the first ar].")
+    ] = None,
+    scores: Annotated[
+        Path | None, Option(help='JSON of graded tasks: {METHOD: {TASK: {"score": .., "stderr": .., "n": ..}}}.')
+    ] = None,
+    passes: Annotated[int, Option(help="Times every method answers everything; medians count.")] = 1,
+    max_new_tokens: o.MaxNewTokens = 128,
+    temperature: o.Temperature = 0.0,
+    seed: o.Seed = 0,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+) -> None:
+    """Compare methods on the same prompts, one prompt at a time, and write a report."""
+    graded = None if scores is None else read_scores(scores)
+    if render is not None:
+        if prompts or method or methods:
+            raise TidarError(
+                "--render makes a report of what was measured: leave --prompts, --method and --methods out"
+            )
+        write_report(_read_json(render), out, baseline, graded)
+        return
+    named = [parse_method(text) for text in method or []] + (read_methods(methods) if methods is not None else [])
+    _check(prompts, named, passes, baseline, graded)
+    items = [item for text in prompts or [] for item in read_set(text)]
+    for ending in ENDINGS:
+        o.check_writable(_named(out, ending))
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
+    settings = Settings(model, max_new_tokens, temperature, seed, device, dtype)
+    result: dict[str, Any] = {}
+    for result in run_all(named, items, settings, passes):
+        partial = _named(out, ".partial")
+        partial.write_text(json.dumps(result, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.replace(_named(out, ".json"))
+    write_report(result, out, baseline, graded)
+
+
+def _check(
+    prompts: list[str] | None,
+    methods: list[Method],
+    passes: int,
+    baseline: str | None,
+    scores: dict[str, Any] | None,
+) -> None:
+    """What would only show after measuring."""
+    if not prompts:
+        raise TidarError("no prompts: give --prompts NAME=FILE.jsonl[:FIRST_N]")
+    if not methods:
+        raise TidarError("no methods: give --method (for example --method ar --method tidar) or --methods FILE.yaml")
+    if passes < 1:
+        raise TidarError(f"passes is {passes}, but must be at least 1")
+    names = [m.name for m in methods]
+    for name in ([baseline] if baseline is not None else []) + list(scores or {}):
+        if name not in names:
+            raise TidarError(f"no method is called {name!r}; there are {', '.join(map(repr, names))}")
+
+
+def read_set(text: str) -> list[Item]:
+    """NAME=FILE[:FIRST_N]; rows without a category are of category NAME."""
+    name, _, rest = text.partition("=")
+    file, _, limit = rest.rpartition(":") if rest.rpartition(":")[2].isdecimal() else (rest, "", "")
+    if not name or not file or (limit and not int(limit)):
+        raise TidarError(f"--prompts {text!r} is not NAME=FILE.jsonl[:FIRST_N]")
+    return read_items(Path(file), name, int(limit) if limit else None)
+
+
+def read_scores(path: Path) -> dict[str, Any]:
+    """Graded tasks by method. Raises TidarError naming what is wrong."""
+    scores = _read_json(path)
+    for name, tasks in scores.items() if isinstance(scores, dict) else [("", None)]:
+        if not isinstance(tasks, dict):
+            raise TidarError(f"{path}: must be {{METHOD: {{TASK: {{'score': number}}}}}}")
+        for task, score in tasks.items():
+            numbers = isinstance(score, dict) and all(
+                isinstance(score.get(key, 0), int | float | None) for key in ("score", "stderr", "n")
+            )
+            if not numbers or not isinstance(score.get("score"), int | float):
+                raise TidarError(f"{path}: {name!r}, task {task!r} has no 'score' that is a number")
+    return scores
+
+
+def write_report(
+    result: dict[str, Any], out: Path, baseline: str | None = None, scores: dict[str, Any] | None = None
+) -> None:
+    """Write OUT.html and OUT.md, and print where and what is shown."""
+    analysis = analyse(result, baseline, scores)
+    for ending, text in ((".md", to_markdown(analysis)), (".html", to_html(analysis))):
+        path = _named(out, ending)
+        o.check_writable(path)
+        path.write_text(text, encoding="utf-8")
+    print("\n".join(analysis.findings))
+    print(f"wrote {_named(out, '.html')} and {_named(out, '.md')}", file=sys.stderr)
+
+
+def _named(out: Path, ending: str) -> Path:
+    return out.with_name(out.name + ending)  # a name may hold dots that are no suffix
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise TidarError(f"cannot read {path} as JSON: {first_line(error)}") from error
