@@ -6,7 +6,6 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from tidar import TidarModel
-from tidar.cli.main import main
 from tidar.config import TidarConfig
 from tidar.decode.engine import Answer, Update
 from tidar.model.drafter import Drafter, DrafterSpec
@@ -21,21 +20,6 @@ def folder(tmp_path_factory):
     drafter = Drafter(model.hf_model, DrafterSpec(rank=4, sampler_width=8))
     drafter.save(path / "drafter", str(path), TidarConfig(block_size=4))
     return str(path)
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["tidar", *map(str, args)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 FIELDS = [

@@ -1,11 +1,10 @@
 """`tidar compare`: statistics that call no noise a win, methods that say what they did, reports without surprises."""
 
+import importlib.util
 import json
 import math
 import random
 import re
-import sys
-from decimal import Decimal
 from html.parser import HTMLParser
 from itertools import product
 from pathlib import Path
@@ -17,11 +16,10 @@ from hypothesis import strategies as st
 
 from tidar import TidarError, TidarModel
 from tidar.cli.compare import read_set
-from tidar.cli.main import main
 from tidar.config import TidarConfig
 from tidar.evaluate.analysis import analyse
 from tidar.evaluate.compare import VERSION, compare
-from tidar.evaluate.final_answer import grade_final_number, last_number
+from tidar.evaluate.gsm8k import GRADERS
 from tidar.evaluate.items import Item
 from tidar.evaluate.methods import KINDS, Method, Models, Reply, Settings, parse_method, prepare, read_methods
 from tidar.evaluate.report import to_html, to_markdown
@@ -104,28 +102,23 @@ def test_intervals_hold_what_they_should():
 
 
 @pytest.mark.parametrize(
-    ("text", "number"),
+    ("text", "flexible", "strict", "verified"),
     [
-        ("so 3 + 4 = 7.", 7),
-        ("It costs $1,234.50", "1234.5"),
-        ("#### 18", 18),
-        ("first 5\n#### 18\nthen 99", 18),
-        ("#### 18 dollars", 18),
-        ("-5 degrees", -5),
-        ("none", None),
-        ("", None),
+        ("He has 1,000. The answer is 1,000.", True, True, True),
+        ("first 5, so $1,000", True, False, True),
+        ("#### 1000", True, False, True),
+        ("The answer is 1000.00.", False, False, True),
+        ("The answer is 100.", False, False, False),
+        ("The answer is 1000. No, 7.", False, True, False),
+        ("no idea", False, False, False),
+        ("", False, False, False),
     ],
 )
-def test_final_numbers(text, number):
-    assert last_number(text) == (None if number is None else Decimal(number))
-
-
-def test_grades_are_right_wrong_or_none():
+def test_answers_are_graded_as_the_task_gsm8k_grades_them(text, flexible, strict, verified):
+    pytest.importorskip("lm_eval")
     item = Item("", "1", "all", "q", gold="1,000")
-    assert grade_final_number(item, "it is 1000.00") is True
-    assert grade_final_number(item, "it is 100") is False
-    assert grade_final_number(item, "no idea") is False
-    assert grade_final_number(Item("", "1", "all", "q"), "7") is None
+    assert [grade(item, text) for grade in GRADERS.values()] == [flexible, strict, verified]
+    assert [grade(Item("", "1", "all", "q"), text) for grade in GRADERS.values()] == [None] * 3
 
 
 # Methods
@@ -510,22 +503,8 @@ def test_methods_take_turns(models, monkeypatch):
 # The command
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["tidar", *map(str, args)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
-
-
 def test_the_command_measures_writes_and_renders_again(run, models, tmp_path):
+    pytest.importorskip("lm_eval")
     rows = [{"question": "1 + 1?", "answer": "#### 2"}, {"prompt": "say", "category": "talk"}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "scores.json").write_text(json.dumps({"ar": {"arc": {"score": 0.3}}}))
@@ -547,6 +526,10 @@ def test_the_command_measures_writes_and_renders_again(run, models, tmp_path):
     assert "v1.2.html" in err
     stored = json.loads((tmp_path / "deep" / "v1.2.json").read_text())
     assert [item["category"] for item in stored["items"]] == ["mine", "talk"]
+    assert stored["conditions"]["grader"] == "flexible_extract"
+    assert "--prompts mine=rows.jsonl:2 --method ar --method tidar:K=4" in stored["conditions"]["command"]
+    assert str(tmp_path) not in stored["conditions"]["command"]
+    assert [record["correct"] for record in stored["runs"]["ar"]] == [False, None]
     code, _, _ = run(
         "compare", "--render", f"{out}.json", "--scores", tmp_path / "scores.json", "--out", tmp_path / "again"
     )
@@ -565,6 +548,7 @@ def test_the_command_measures_writes_and_renders_again(run, models, tmp_path):
         (["--prompts", "a={tmp}/rows.jsonl"], "no methods"),
         (["--prompts", "{tmp}/rows.jsonl", "--method", "ar"], "is not NAME=FILE"),
         (["--prompts", "a={tmp}/none.jsonl", "--method", "ar"], "none.jsonl"),
+        (["--prompts", "a={tmp}/rows.jsonl", "--method", "ar", "--grader", "best"], "grader is 'best'"),
         (["--prompts", "a={tmp}/rows.jsonl", "--method", "ar", "--passes", "0"], "passes is 0"),
         (["--prompts", "a={tmp}/rows.jsonl", "--method", "ar", "--baseline", "x"], "no method is called 'x'"),
         (["--prompts", "a={tmp}/rows.jsonl", "--methods", "{tmp}/none.yaml"], "cannot read"),
@@ -582,6 +566,24 @@ def test_bad_input_is_one_line(run, tmp_path, arguments, message):
     assert code == 2
     assert message in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_answers_are_graded_with_the_extra_and_left_ungraded_without(run, models, tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "1 + 1?", "answer": "#### 2"}))
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "math_verify" else real(name))
+    out = tmp_path / "out"
+    asked = ["compare", "--prompts", f"a={tmp_path}/rows.jsonl", "--method", "ar", "--out", out, "--max-new-tokens", 2]
+    asked += ["--model", models / "base", "--device", "cpu"]
+    code, _, err = run(*asked)
+    assert code == 2
+    assert (
+        "(--grader none leaves them ungraded) needs packages that are not installed: pip install 'tidar[eval]'" in err
+    )
+    assert run(*asked, "--grader", "none")[0] == 0
+    stored = json.loads(out.with_suffix(".json").read_text())
+    assert stored["conditions"]["grader"] is None
+    assert stored["runs"]["ar"][0]["correct"] is None
 
 
 def test_a_set_may_be_cut():

@@ -156,6 +156,30 @@ def test_a_likelihood_task_needs_no_drafter(run, data, tmp_path):
     assert result["tasks"]["hellaswag"]["items"] == 2
 
 
+def test_block_diffusion_is_scored_by_bounds_and_says_so(run, folder, data, tmp_path):
+    model = tiny_folder(tmp_path / "diffusion")
+    config = tmp_path / "diffusion" / "config.json"
+    entry = {"block_size": 4, "objective": "block-diffusion", "mask_token_id": 3}
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 4096, "tidar": entry}))
+    options = ("--data-dir", data, "--device", "cpu", "--likelihood-samples", 3)
+    how = ("--mode", "block-diffusion", "--decoder", "fixed-2", "--max-new-tokens", 6)
+    how += ("--samples", tmp_path / "samples.jsonl")
+    code, said, result = run("--model", model, "--tasks", "hellaswag,gsm8k", *options, *how)
+    assert code == 0, said
+    assert "hellaswag: log-likelihoods are Monte Carlo lower bounds of 3 samples" in said
+    swag, gsm = result["tasks"]["hellaswag"], result["tasks"]["gsm8k"]
+    assert (swag["likelihood"]["kind"], swag["likelihood"]["samples"]) == ("Monte Carlo lower bound", 3)
+    assert swag["likelihood"]["standard_error"] > 0
+    assert "likelihood" not in gsm
+    assert gsm["tokens_per_forward"] > 1
+    assert result["conditions"]["decoding"]["decoder"] == "fixed-2"
+    items = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [len(item["standard_errors"] or []) for item in items] == [4] * 3 + [0] * 2
+    code, error, _ = run("--model", folder, "--tasks", "hellaswag", *options)
+    assert code == 2
+    assert "likelihood-samples is for block-diffusion models" in error
+
+
 def test_the_settings_are_the_papers():
     settings = {name: (r.shots, r.new_tokens, r.score) for name, r in RECIPES.items()}
     assert settings == {
@@ -278,7 +302,10 @@ def test_large_numbers_are_graded_as_mathematics():
         (["--tasks", "gsm8k,chess"], "there is no task 'chess': take some of humaneval"),
         (["--tasks", "hellaswag,humaneval"], "humaneval runs the code that the model writes: allow it with --run-gen"),
         (["--tasks", "hellaswag", "--limit", 0], "limit is 0"),
-        (["--tasks", "hellaswag", "--batch-size", 0], "batch size is 0"),
+        (["speculation", "--prompts", "p.jsonl"], "--out stands before 'speculation': its options go behind its name"),
+        (["--tasks", "gsm8k", "--mode", "block-diffusion", "--decoder", "best"], "decoder is 'best'"),
+        (["--tasks", "hellaswag", "--batch-size", 0], "batch-size is 0"),
+        (["--tasks", "hellaswag", "--likelihood-samples", 1], "samples is 1, but a standard error needs at least 2"),
         (["--tasks", "gsm8k", "--max-new-tokens", 0], "max-new-tokens is 0"),
         (["--tasks", "gsm8k", "--mode", "quick"], "mode is 'quick'"),
         (["--tasks", "gsm8k", "--plan", "none"], "plan is 'none'"),

@@ -20,6 +20,7 @@ from tidar import TidarModel
 from tidar.config import TidarConfig
 from tidar.errors import TidarError
 from tidar.evaluate.harness import Decoding, TidarLM
+from tidar.evaluate.likelihood import log_likelihood
 from tidar.evaluate.tasks import build
 from tidar.model.network import Network
 from tiny import tiny_folder, tiny_network
@@ -80,6 +81,13 @@ def lossless(base):
     drafting.lm.config.max_position_embeddings = LONG
     drafting.lm.generation_config.eos_token_id = base.hf_model.generation_config.eos_token_id
     return model
+
+
+@pytest.fixture(scope="module")
+def diffusion(folder):
+    """The same weights read as a block-diffusion model."""
+    lm = TidarModel.from_pretrained(folder, device="cpu", dtype="float32")
+    return TidarModel(Network(lm.hf_model, config=TidarConfig(4, "block-diffusion", mask_token_id=3)), lm.tokenizer)
 
 
 def likelihoods(lm, folder: Path, names=LIKELIHOODS, limit=None):
@@ -149,6 +157,36 @@ def test_answers_are_those_of_lm_evals_own_model(theirs, base, lossless):
         assert spent.truncated == 0
 
 
+def test_block_diffusions_likelihoods_are_its_bounds_item_for_item(diffusion, data):
+    lm = TidarLM(diffusion, likelihood_samples=4)
+    found = likelihoods(lm, data, ["hellaswag", "piqa"], 3)
+    assert likelihoods(TidarLM(diffusion, likelihood_samples=4), data, ["piqa"], 3)["piqa"] == found["piqa"]
+    assert len(lm.estimates) == 3 * 4 + 3 * 2
+    values = {estimate.log_likelihood for estimate in lm.estimates.values()}
+    assert {choice[0][0] for item in found["hellaswag"] + found["piqa"] for choice in item} == values
+    (context, continuation), estimate = next(iter(lm.estimates.items()))
+    many = log_likelihood(diffusion.network, *lm._encode_pair(context, continuation), samples=1000)
+    assert abs(estimate.log_likelihood - many.log_likelihood) < 6 * many.standard_error * (1000 / 4) ** 0.5
+    assert estimate.standard_error > 0
+
+
+def test_a_text_beyond_the_context_loses_its_beginning_in_bounds_too(diffusion):
+    lm = TidarLM(diffusion, likelihood_samples=2)
+    long = list(range(5, 25)) * (LONG // 10)
+    (got,) = lm._loglikelihood_tokens([(("a", "b"), long, [7, 8])], disable_tqdm=True)
+    (cut,) = lm._loglikelihood_tokens([(("a", "b"), long[2 - LONG :], [7, 8])], disable_tqdm=True)
+    assert got == cut
+
+
+def test_block_diffusion_answers_as_its_own_mode_does(diffusion):
+    lm = TidarLM(diffusion, Decoding("block-diffusion", decoder="fixed-2"), batch_size=2)
+    texts = lm.generate_until(requests(CONTEXTS, until=[], max_gen_toks=10), disable_tqdm=True)
+    options = {"mode": "block-diffusion", "decoder": "fixed-2", "max_new_tokens": 10, "raw": True}
+    answers = diffusion.generate(CONTEXTS, batch_size=2, **options)
+    assert texts == [answer.text for answer in answers]
+    assert lm.spent["mine"].forwards == sum(answer.forwards for answer in answers) < lm.spent["mine"].new_tokens
+
+
 def test_different_options_are_kept_apart_and_costs_are_counted_by_task(base):
     lm = TidarLM(base, Decoding(mode="ar"))
     short, long = requests(["a b c"], "short", max_gen_toks=3, until=[]), requests(["a b c"], "long", until=[])
@@ -188,7 +226,7 @@ def test_the_users_tokenizer_stays_as_it_is(base):
     base.tokenizer.pad_token = pad
 
 
-def test_what_cannot_be_honoured_is_refused(base, lossless):
+def test_what_cannot_be_honoured_is_refused(base, lossless, diffusion):
     with pytest.raises(TidarError, match="task mine asks for 2000 new tokens, but the model's context is 1024"):
         TidarLM(base, Decoding("ar")).generate_until(requests(["a"], max_gen_toks=2000), disable_tqdm=True)
     with pytest.raises(TidarError, match=r"wants to decode with do_sample=True, temperature=0\.7"):
@@ -199,9 +237,12 @@ def test_what_cannot_be_honoured_is_refused(base, lossless):
         TidarLM(lossless, batch_size=0)
     with pytest.raises(TidarError, match="no drafter"):
         TidarLM(base, Decoding()).generate_until(requests(["a"]), disable_tqdm=True)
-    diffusion = Network(base.hf_model, config=TidarConfig(4, "block-diffusion", mask_token_id=3))
-    with pytest.raises(TidarError, match="no likelihood in one forward"):
-        TidarLM(TidarModel(diffusion, base.tokenizer))
-    for options in ({"mode": "fast"}, {"plan": "slow"}, {"temperature": -1.0}, {"trust": 2.0}):
+    with pytest.raises(TidarError, match="this one has an exact likelihood"):
+        TidarLM(base, likelihood_samples=8)
+    with pytest.raises(TidarError, match="samples is 1"):
+        TidarLM(diffusion, likelihood_samples=1)
+    with pytest.raises(TidarError, match="mode 'block-diffusion' decodes it"):
+        TidarLM(diffusion, Decoding()).generate_until(requests(["a"]), disable_tqdm=True)
+    for options in ({"mode": "fast"}, {"plan": "slow"}, {"temperature": -1.0}, {"trust": 2.0}, {"decoder": "best"}):
         with pytest.raises(TidarError):
             Decoding(**options)

@@ -1,13 +1,11 @@
 """`tidar evaluate speculation`: its counts by hand, its parity, and the formats it reads."""
 
 import json
-import sys
 
 import pytest
 import torch
 
 from tidar import TidarError, TidarModel
-from tidar.cli.main import main
 from tidar.config import TidarConfig
 from tidar.decode.engine import Answer
 from tidar.evaluate.items import Item, read_items
@@ -30,21 +28,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(folder):
     return TidarModel.from_pretrained(folder, device="cpu", dtype="float32")
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["tidar", *map(str, args)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 def lines(path, *rows):

@@ -78,6 +78,8 @@ class TidarModel:
             remeasure: measure the costs of this machine again.
             alternatives: next best tokens that are verified beside the drafts (see `decode.step.Plan`).
         """
+        if mode == "block-diffusion":
+            raise TidarError("mode 'block-diffusion' has no drafts to plan: decode with `generate` or `stream`")
         if mode not in ("tidar", "ar"):
             raise TidarError(f"mode is {mode!r}, but must be 'tidar', 'ar' or 'block-diffusion'")
         if plan not in ("auto", "fixed"):
@@ -98,6 +100,36 @@ class TidarModel:
         if plan == "auto" and not chosen and self.network.can_draft:
             return AutoPlanner(params, remeasure)
         return Plan(length, params, outcomes, alternatives or 0)
+
+    def engine(
+        self,
+        mode: Mode = "tidar",
+        draft_length: int | None = None,
+        params: SamplingParams | None = None,
+        outcomes: int | None = None,
+        plan: Literal["auto", "fixed"] = "auto",
+        remeasure: bool = False,
+        alternatives: int | None = None,
+        decoder: str | None = None,
+    ) -> Engine | BlockDiffusion:
+        """What decodes in a mode; arguments as of `plan`, and block diffusion's `decoder` (see `stream`).
+
+        Raises:
+            TidarError: for options that cannot be honoured.
+        """
+        if mode != "block-diffusion":
+            if decoder is not None:
+                raise TidarError(
+                    f"decoder is {decoder!r}, but mode {mode!r} has none: it is an option of 'block-diffusion'"
+                )
+            planned = self.plan(mode, draft_length, params, outcomes, plan, remeasure, alternatives)
+            return Engine(self.network, planned, self.tokenizer)
+        if any(value is not None for value in (draft_length, outcomes, alternatives)):
+            raise TidarError(
+                "draft length, outcomes and alternatives are options of mode 'tidar': block diffusion decodes "
+                "blocks of the size that it was trained with, without drafts"
+            )
+        return BlockDiffusion(self.network, Reveal.parse(decoder or "max-confidence"), params, self.tokenizer)
 
     @staticmethod
     def _check_alternatives(alternatives: int | None, draft_length: int, params: SamplingParams) -> None:
@@ -189,21 +221,7 @@ class TidarModel:
         if isinstance(stop, str) or not all(stop):
             raise TidarError("stop must be a list of texts, none of them empty")
         params = SamplingParams(temperature, top_k, top_p, min_p, seed, trust)
-        engine: Engine | BlockDiffusion
-        if mode == "block-diffusion":
-            if any(value is not None for value in (draft_length, outcomes, alternatives)):
-                raise TidarError(
-                    "draft length, outcomes and alternatives are options of mode 'tidar': block diffusion decodes "
-                    "blocks of the size that it was trained with, without drafts"
-                )
-            engine = BlockDiffusion(self.network, Reveal.parse(decoder or "max-confidence"), params, tokenizer)
-        elif decoder is not None:
-            raise TidarError(
-                f"decoder is {decoder!r}, but mode {mode!r} has none: it is an option of 'block-diffusion'"
-            )
-        else:
-            planned = self.plan(mode, draft_length, params, outcomes, plan, remeasure, alternatives)
-            engine = Engine(self.network, planned, tokenizer)
+        engine = self.engine(mode, draft_length, params, outcomes, plan, remeasure, alternatives, decoder)
 
         def encode(prompt: Prompt) -> list[int]:
             ids, context = encode_prompt(tokenizer, prompt, raw), self.network.max_positions

@@ -144,6 +144,11 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, raw: bool 
     return tokenize(tokenizer, render(tokenizer, messages, True), add_special_tokens=False)
 
 
+def template_name(tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """What results say about how prompts are encoded by `encode_prompt`."""
+    return "none" if tokenizer is None or tokenizer.chat_template is None else "chat"
+
+
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], open_answer: bool) -> str:
     """A conversation as the chat template writes it; with `open_answer`, up to where the model's answer begins."""
     try:

@@ -10,10 +10,14 @@ from typing import Annotated, Any
 from transformers.utils import logging as hf_logging
 from typer import Option
 
+from tidar.cli import files
 from tidar.cli import options as o
+from tidar.config import require_choice
 from tidar.errors import TidarError, first_line
+from tidar.evaluate import require_packages
 from tidar.evaluate.analysis import analyse
 from tidar.evaluate.compare import compare as run_all
+from tidar.evaluate.gsm8k import GRADERS
 from tidar.evaluate.items import Item, read_items
 from tidar.evaluate.methods import Method, Settings, parse_method, read_methods
 from tidar.evaluate.report import to_html, to_markdown
@@ -41,6 +45,9 @@ def compare(
         Path | None, Option(help='JSON of graded tasks: {METHOD: {TASK: {"score": .., "stderr": .., "n": ..}}}.')
     ] = None,
     passes: Annotated[int, Option(help="Times every method answers everything; medians count.")] = 1,
+    grader: Annotated[
+        str, Option(help=f"What judges GSM8K answers: {', '.join(GRADERS)}, or none. Needs tidar[eval].")
+    ] = "flexible-extract",
     max_new_tokens: o.MaxNewTokens = 128,
     temperature: o.Temperature = 0.0,
     seed: o.Seed = 0,
@@ -58,17 +65,17 @@ def compare(
         return
     named = [parse_method(text) for text in method or []] + (read_methods(methods) if methods is not None else [])
     _check(prompts, named, passes, baseline, graded)
+    require_choice("grader", grader, (*GRADERS, "none"))
     items = [item for text in prompts or [] for item in read_set(text)]
-    for ending in ENDINGS:
-        o.check_writable(_named(out, ending))
+    grade = None if all(item.gold is None for item in items) else GRADERS.get(grader)
+    if grade is not None:
+        require_packages("grading GSM8K answers (--grader none leaves them ungraded)")
+    files.check_writable(*(files.named(out, ending) for ending in ENDINGS))
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
     settings = Settings(model, max_new_tokens, temperature, seed, device, dtype)
-    result: dict[str, Any] = {}
-    for result in run_all(named, items, settings, passes):
-        partial = _named(out, ".partial")
-        partial.write_text(json.dumps(result, ensure_ascii=False) + "\n", encoding="utf-8")
-        partial.replace(_named(out, ".json"))
+    measured = run_all(named, items, settings, passes, grade)
+    result = files.kept(measured, files.named(out, ".json"), indent=None)
     write_report(result, out, baseline, graded)
 
 
@@ -84,8 +91,7 @@ def _check(
         raise TidarError("no prompts: give --prompts NAME=FILE.jsonl[:FIRST_N]")
     if not methods:
         raise TidarError("no methods: give --method (for example --method ar --method tidar) or --methods FILE.yaml")
-    if passes < 1:
-        raise TidarError(f"passes is {passes}, but must be at least 1")
+    o.check_counts(passes=passes)
     names = [m.name for m in methods]
     for name in ([baseline] if baseline is not None else []) + list(scores or {}):
         if name not in names:
@@ -94,11 +100,8 @@ def _check(
 
 def read_set(text: str) -> list[Item]:
     """NAME=FILE[:FIRST_N]; rows without a category are of category NAME."""
-    name, _, rest = text.partition("=")
-    file, _, limit = rest.rpartition(":") if rest.rpartition(":")[2].isdecimal() else (rest, "", "")
-    if not name or not file or (limit and not int(limit)):
-        raise TidarError(f"--prompts {text!r} is not NAME=FILE.jsonl[:FIRST_N]")
-    return read_items(Path(file), name, int(limit) if limit else None)
+    name, file, limit = files.prompt_set(text)
+    return read_items(file, name, limit)
 
 
 def read_scores(path: Path) -> dict[str, Any]:
@@ -122,15 +125,11 @@ def write_report(
     """Write OUT.html and OUT.md, and print where and what is shown."""
     analysis = analyse(result, baseline, scores)
     for ending, text in ((".md", to_markdown(analysis)), (".html", to_html(analysis))):
-        path = _named(out, ending)
-        o.check_writable(path)
+        path = files.named(out, ending)
+        files.check_writable(path)
         path.write_text(text, encoding="utf-8")
     print("\n".join(analysis.findings))
-    print(f"wrote {_named(out, '.html')} and {_named(out, '.md')}", file=sys.stderr)
-
-
-def _named(out: Path, ending: str) -> Path:
-    return out.with_name(out.name + ending)  # a name may hold dots that are no suffix
+    print(f"wrote {files.named(out, '.html')} and {files.named(out, '.md')}", file=sys.stderr)
 
 
 def _read_json(path: Path) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 from pathlib import Path
@@ -12,8 +11,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from tidar.cli import files
 from tidar.cli import options as o
 from tidar.errors import TidarError
+from tidar.evaluate import require_packages
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -41,35 +42,46 @@ def evaluate(
     run_generated_code: Annotated[
         bool, typer.Option("--run-generated-code", help="Code tasks run what the model wrote, in a sandbox.")
     ] = False,
+    likelihood_samples: Annotated[
+        int | None,
+        typer.Option(
+            help="Random maskings that a block-diffusion model's likelihood is estimated from [default: 128]."
+        ),
+    ] = None,
     mode: o.Mode = "tidar",
+    decoder: o.Decoder = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer [default: the paper's, by task].")] = None,
     temperature: o.Temperature = 0.0,
     seed: o.Seed = 0,
     draft_length: o.DraftLength = None,
     outcomes: o.Outcomes = None,
     alternatives: o.Alternatives = None,
-    plan: Annotated[
-        str, typer.Option(help="'fixed' drafts K tokens always; 'auto' as much as pays on this machine.")
-    ] = "fixed",
+    plan: o.PlanName = "fixed",
     trust: o.Trust = 1.0,
     device: o.Device = None,
     dtype: o.Dtype = None,
     weights: o.Weights = None,
 ) -> None:
-    """Score a model on tasks of the TiDAR paper, by lm-evaluation-harness; docs/evaluate.md says how."""
+    """Score a model on tasks of the TiDAR paper, by lm-evaluation-harness; docs/evaluate.md says how.
+
+    `speculation` measures how far drafts get instead.
+    """
     if context.invoked_subcommand is not None:
+        for name in context.params:
+            source = context.get_parameter_source(name)
+            if source is not None and source.name == "COMMANDLINE":
+                option, command = name.replace("_", "-"), context.invoked_subcommand
+                raise TidarError(f"--{option} stands before {command!r}: its options go behind its name")
         return
-    if importlib.util.find_spec("lm_eval") is None or importlib.util.find_spec("math_verify") is None:
-        raise TidarError("evaluation needs packages that are not installed: pip install 'tidar[eval]'")
-    for name, value in (("limit", limit), ("batch size", batch_size), ("max-new-tokens", max_new_tokens)):
-        if value is not None and value < 1:
-            raise TidarError(f"{name} is {value}, but must be at least 1")
+    require_packages("evaluation")
+    o.check_counts(limit=limit, batch_size=batch_size, max_new_tokens=max_new_tokens)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     # Seconds to import, and not installed everywhere.
     import datasets
 
     from tidar.evaluate import run
     from tidar.evaluate.harness import Decoding
+    from tidar.evaluate.likelihood import check_samples
     from tidar.evaluate.tasks import RECIPES, build
 
     datasets.disable_progress_bars()
@@ -77,10 +89,10 @@ def evaluate(
     if not names:
         raise TidarError(f"--tasks is needed: some of {','.join(RECIPES)}")
     run.check_code(names, run_generated_code)
-    for path in (out, samples):
-        if path is not None:
-            o.check_writable(path)
-    decoding = Decoding(mode, plan, draft_length, outcomes, alternatives, temperature, trust, seed)  # type: ignore[arg-type]
+    files.check_writable(out, samples)
+    if likelihood_samples is not None:
+        check_samples(likelihood_samples)
+    decoding = Decoding(mode, plan, draft_length, outcomes, alternatives, temperature, trust, seed, decoder)  # type: ignore[arg-type]
     jobs = [build(name, data_dir, chat_template, max_new_tokens) for name in names]
     loaded = o.load(model, drafter, device, dtype, weights)
     result, items = run.evaluate(
@@ -91,9 +103,10 @@ def evaluate(
         limit=limit,
         chat=chat_template,
         run_generated_code=run_generated_code,
+        likelihood_samples=likelihood_samples,
     )
-    result = {"model": Path(model).name if Path(model).exists() else model, **result}
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    result = {"model": files.model_name(model), **result}
+    files.write_json(out, result)
     if samples is not None:
         samples.write_text("".join(json.dumps(item._asdict(), ensure_ascii=False) + "\n" for item in items))
     _show(result["tasks"])
@@ -110,3 +123,7 @@ def _show(tasks: dict[str, dict[str, Any]]) -> None:
                 name if reported else "", score, f"{mean['value']:.4f}", error, *(counts if reported else ("", "", ""))
             )
     Console().print(table)
+    for name, summary in tasks.items():
+        if bound := summary.get("likelihood"):
+            error = f"{bound['standard_error']:.2f} nats on average"
+            print(f"{name}: log-likelihoods are Monte Carlo lower bounds of {bound['samples']} samples, ± {error}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -61,10 +60,8 @@ def load(model: str, drafter: str | None, device: str | None, dtype: str | None,
     return TidarModel.from_pretrained(model, drafter=drafter, device=device, dtype=dtype, weights=weights)
 
 
-def check_writable(path: Path) -> None:
-    """Raise TidarError for a file that cannot be written: before the work whose result it is to hold."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    except OSError as error:
-        raise TidarError(f"cannot write {path}: {error.strerror}") from error
+def check_counts(**counts: int | None) -> None:
+    """Raise TidarError for an option that counts something and is below 1; None is not asked for."""
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise TidarError(f"{name.replace('_', '-')} is {value}, but must be at least 1")

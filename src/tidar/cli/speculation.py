@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,10 +11,11 @@ from rich.table import Table
 from typer import Option
 
 from tidar.bench import machine
+from tidar.cli import files
 from tidar.cli import options as o
-from tidar.errors import TidarError
 from tidar.evaluate.items import read_items
 from tidar.evaluate.speculation import TIE, measure
+from tidar.prompts import template_name
 
 
 def speculation(
@@ -43,30 +43,26 @@ def speculation(
     weights: o.Weights = None,
 ) -> None:
     """Measure tokens per forward, acceptance lengths, tokens/s and parity with plain decoding, by category."""
-    for name, value in (("limit", limit), ("turns", turns), ("batch-size", batch_size)):
-        if value is not None and value < 1:
-            raise TidarError(f"{name} is {value}, but must be at least 1")
+    o.check_counts(limit=limit, turns=turns, batch_size=batch_size)
     items = read_items(prompts, limit=limit)
-    if out is not None:
-        o.check_writable(out)
+    files.check_writable(out)
     loaded = o.load(model, drafter, device, dtype, weights)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
     drafts = {"draft_length": draft_length, "outcomes": outcomes, "alternatives": alternatives, "plan": plan}
     measured = measure(loaded, items, turns, batch_size, max_new_tokens=max_new_tokens, **sampling, **drafts)
-    template = loaded.tokenizer is not None and loaded.tokenizer.chat_template is not None
     trained = loaded.config.block_size if loaded.config is not None else None
     result: dict[str, Any] = {
         "conditions": machine.conditions(loaded.network.device, loaded.network.lm.dtype)
-        | {"template": "chat" if template else "none", "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        | {"template": template_name(loaded.tokenizer), "max_new_tokens": max_new_tokens, "batch_size": batch_size}
         | sampling
         | drafts
         | {"trained_block_size": trained, "tie_in_rounding_steps": TIE, "prompts": prompts.name},
-        "model": model,
+        "model": files.model_name(model),
         "weights": weights,
         **measured,
     }
     if out is not None:
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        files.write_json(out, result)
         print(f"wrote {out}", file=sys.stderr)
     show(result)
 

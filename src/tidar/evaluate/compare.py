@@ -9,7 +9,7 @@ from typing import Any
 from tidar.api import TidarModel
 from tidar.bench import machine
 from tidar.errors import TidarError
-from tidar.evaluate.final_answer import Grade, grade_final_number
+from tidar.evaluate.gsm8k import Grade
 from tidar.evaluate.items import Item, as_messages
 from tidar.evaluate.methods import (
     ASSISTED_K,
@@ -21,7 +21,7 @@ from tidar.evaluate.methods import (
     model_of,
     prepare,
 )
-from tidar.prompts import encode_prompt
+from tidar.prompts import encode_prompt, template_name
 
 VERSION = 1
 """Of the JSON file."""
@@ -32,7 +32,7 @@ def compare(
     items: Sequence[Item],
     settings: Settings,
     passes: int = 1,
-    grade: Grade = grade_final_number,
+    grade: Grade | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Answer every item by every method, one prompt at a time; yields the result as it grows.
 
@@ -41,7 +41,7 @@ def compare(
     first pass; later ones add times.
 
     Args:
-        grade: judges answers of items with a known one; the place for other graders.
+        grade: judges answers, see gsm8k.py; None to leave them ungraded.
 
     Returns:
         {"version", "conditions", "model", "methods": [facts of each], "items": [...], "runs": {method: [a record for
@@ -59,7 +59,7 @@ def compare(
     _check_prompts(items, models)
     result: dict[str, Any] = {
         "version": VERSION,
-        "conditions": _conditions(models, settings, passes),
+        "conditions": _conditions(models, settings, passes) | {"grader": getattr(grade, "__name__", None)},
         "model": settings.model,
         "methods": [_facts(method, models, items) for method in methods],
         "items": [_question(item) for item in items],
@@ -78,7 +78,7 @@ def compare(
         print(file=sys.stderr)
 
 
-def _keep(run: list[dict[str, Any]], place: int, item: Item, reply: Reply, grade: Grade) -> None:
+def _keep(run: list[dict[str, Any]], place: int, item: Item, reply: Reply, grade: Grade | None) -> None:
     """Note an answer, or in later passes its time."""
     if place < len(run):
         run[place]["seconds"].append(round(reply.seconds, 6))
@@ -91,7 +91,7 @@ def _keep(run: list[dict[str, Any]], place: int, item: Item, reply: Reply, grade
             "forwards": reply.forwards,
             "gains": reply.gains,
             "seconds": [round(reply.seconds, 6)],
-            "correct": grade(item, reply.text),
+            "correct": None if grade is None else grade(item, reply.text),
         }
     )
 
@@ -113,9 +113,8 @@ def _check_prompts(items: Sequence[Item], models: Models) -> None:
 
 def _conditions(models: Models, settings: Settings, passes: int) -> dict[str, Any]:
     model = next(iter(models.loaded.values()))
-    template = model.tokenizer is not None and model.tokenizer.chat_template is not None
     return machine.conditions(model.network.device, model.network.lm.dtype) | {
-        "template": "chat" if template else "none",
+        "template": template_name(model.tokenizer),
         "temperature": settings.temperature,
         "seed": settings.seed,
         "max_new_tokens": settings.max_new_tokens,

@@ -1,4 +1,7 @@
-"""A TiDAR model as lm-evaluation-harness sees one: likelihoods by the plain causal model, answers by our engine."""
+"""A model as lm-evaluation-harness sees one: answers by our engines, likelihoods by the plain causal model.
+
+A block-diffusion model has no likelihood in one forward; its own are bounds by Monte Carlo (see likelihood.py).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from hashlib import blake2b
 from typing import Any, Literal, get_args
 
 from lm_eval.api.instance import Instance
@@ -19,16 +23,18 @@ from transformers import PreTrainedModel
 
 from tidar.api import Mode, TidarModel
 from tidar.config import require_choice
+from tidar.decode.block_diffusion import BlockDiffusion
 from tidar.decode.engine import Answer, Engine, Limits
 from tidar.errors import TidarError
-from tidar.sampling import SamplingParams
+from tidar.evaluate.likelihood import SAMPLES, Likelihood, check_samples, log_likelihood
+from tidar.sampling import Reveal, SamplingParams
 
 GREEDY = {"do_sample": False, "temperature": 0.0}
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How answers are decoded; the fields are those of `TidarModel.plan` and `SamplingParams`.
+    """How answers are decoded; the fields are those of `TidarModel.engine` and `SamplingParams`.
 
     `plan` is "fixed" unless told otherwise: what "auto" drafts depends on the machine, and so do tokens per forward.
 
@@ -44,10 +50,13 @@ class Decoding:
     temperature: float = 0.0
     trust: float = 1.0
     seed: int = 0
+    decoder: str | None = None
 
     def __post_init__(self) -> None:
         require_choice("mode", self.mode, get_args(Mode))
         require_choice("plan", self.plan, ("auto", "fixed"))
+        if self.decoder is not None:
+            Reveal.parse(self.decoder)
         _ = self.params
 
     @property
@@ -90,43 +99,83 @@ class Spent:
 
 
 class TidarLM(HFLM):
-    """lm-evaluation-harness' own `hf` model on the same weights, whose answers come from our engine.
+    """lm-evaluation-harness' own `hf` model on the same weights, whose answers come from our engines.
 
     Likelihoods are those of the plain causal model in one forward: the mask tokens, and the drafter of a lossless
-    conversion, take no part in them. Give an instance to `lm_eval.simple_evaluate(model=...)`.
+    conversion, take no part in them. Those of a block-diffusion model are Monte Carlo bounds. Give an instance to
+    `lm_eval.simple_evaluate(model=...)`.
 
     Attributes:
         spent: what answers cost, by task.
+        estimates: the bounds that were estimated, by context and continuation; empty for causal models.
     """
 
-    def __init__(self, model: TidarModel, decoding: Decoding | None = None, batch_size: int = 1) -> None:
+    def __init__(
+        self,
+        model: TidarModel,
+        decoding: Decoding | None = None,
+        batch_size: int = 1,
+        likelihood_samples: int | None = None,
+    ) -> None:
         """
+        Args:
+            likelihood_samples: draws of each bound, for block-diffusion models; None for the paper's 128.
+
         Raises:
-            TidarError: for a model without a tokenizer, or one without an autoregressive half.
+            TidarError: for a model without a tokenizer, and for samples that a model does not take or are too few.
         """
         decoding = decoding or Decoding()
         if model.tokenizer is None:
             raise TidarError("this model folder has no tokenizer, so tasks cannot be encoded")
-        if model.config is not None and model.config.objective == "block-diffusion":
-            raise TidarError(
-                "this is a block-diffusion model, trained without an autoregressive term: it has no likelihood in one "
-                "forward, and the engine does not decode it"
-            )
+        self.bounds = model.config is not None and model.config.objective == "block-diffusion"
+        if likelihood_samples is not None and not self.bounds:
+            raise TidarError("likelihood-samples is for block-diffusion models: this one has an exact likelihood")
+        self.samples = SAMPLES if likelihood_samples is None else likelihood_samples
+        check_samples(self.samples)
         if batch_size < 1:
             raise TidarError(f"batch size is {batch_size}, but must be at least 1")
         self._tidar, self._decoding = model, decoding
         self.spent: dict[str, Spent] = defaultdict(Spent)
+        self.estimates: dict[tuple[str, str], Likelihood] = {}
         # The harness chooses a pad token where there is none: on a copy, the user's tokenizer stays as it is.
         tokenizer = copy.deepcopy(model.tokenizer)
         with _weights_untied(model.hf_model):
             super().__init__(pretrained=model.hf_model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
 
     @cached_property
-    def engine(self) -> Engine:
+    def engine(self) -> Engine | BlockDiffusion:
         """What decodes answers. Raises TidarError for options that this model cannot honour."""
-        model, how = self._tidar, self._decoding
-        plan = model.plan(how.mode, how.draft_length, how.params, how.outcomes, how.plan, alternatives=how.alternatives)
-        return Engine(model.network, plan, model.tokenizer)
+        how = self._decoding
+        return self._tidar.engine(
+            how.mode,
+            how.draft_length,
+            how.params,
+            how.outcomes,
+            how.plan,
+            alternatives=how.alternatives,
+            decoder=how.decoder,
+        )
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[tuple[float, bool]]:
+        """As in HFLM; of a block-diffusion model, bounds. Those never say that a text is what greedy decoding gives."""
+        if not self.bounds:
+            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+        found = []
+        for texts, context, continuation in tqdm(requests, desc="Likelihoods by Monte Carlo", disable=disable_tqdm):
+            room = int(self.max_length) - len(continuation)
+            context = context[max(0, len(context) - room) :]
+            # A text's draws are its own, whatever else is asked.
+            key = repr((self._decoding.seed, context, continuation)).encode()
+            seed = int.from_bytes(blake2b(key, digest_size=7).digest())
+            estimate = log_likelihood(self._tidar.network, context, continuation, self.samples, seed)
+            self.estimates[texts] = estimate
+            found.append((estimate.log_likelihood, False))
+        return found
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answers, cut before their stop texts; ours because rows then end, and are refilled, one by one.

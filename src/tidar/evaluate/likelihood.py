@@ -55,8 +55,7 @@ def log_likelihood(
     """
     if network.config is None or network.config.objective != "block-diffusion":
         raise TidarError("Monte Carlo likelihood is for block-diffusion models; causal ones have an exact likelihood")
-    if samples < 2:
-        raise TidarError(f"samples is {samples}, but a standard error needs at least 2")
+    check_samples(samples)
     size, text = network.config.block_size, context + continuation
     if not continuation:
         raise TidarError("the continuation is empty: give at least one token")
@@ -76,6 +75,12 @@ def log_likelihood(
         bounds.append(_bounds(network, layout, ids, blocks, random_masks(counted, generator)))
     values = torch.cat(bounds)
     return Likelihood(-float(values.mean()), float(values.std()) / math.sqrt(samples), samples)
+
+
+def check_samples(samples: int) -> None:
+    """Raise TidarError for too few draws."""
+    if samples < 2:
+        raise TidarError(f"samples is {samples}, but a standard error needs at least 2")
 
 
 class Blocks(NamedTuple):

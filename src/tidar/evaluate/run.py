@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 import statistics
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from lm_eval import evaluate as run_harness
@@ -16,6 +14,7 @@ from lm_eval.tasks import TaskManager
 
 from tidar.api import TidarModel
 from tidar.bench import machine
+from tidar.decode.engine import Engine
 from tidar.errors import TidarError
 from tidar.evaluate import sandbox
 from tidar.evaluate.harness import Decoding, Spent, TidarLM
@@ -29,6 +28,7 @@ class Item(NamedTuple):
     """One document of a task: what was asked and answered, and how that scored.
 
     answers: the generated text, or one log-likelihood a choice.
+    standard_errors: of log-likelihoods that are estimates, one a choice; None where they are exact.
     """
 
     task: str
@@ -37,6 +37,7 @@ class Item(NamedTuple):
     prompt: str
     answers: list[Any]
     scores: dict[str, float]
+    standard_errors: list[float] | None = None
 
 
 def evaluate(
@@ -48,6 +49,7 @@ def evaluate(
     limit: int | None = None,
     chat: bool = False,
     run_generated_code: bool = False,
+    likelihood_samples: int | None = None,
 ) -> tuple[dict[str, Any], list[Item]]:
     """Scores of a model, and what they are means of.
 
@@ -56,6 +58,7 @@ def evaluate(
         limit: first documents of every task, of every subject where it has some; None for all.
         chat: apply the chat template, examples as turns.
         run_generated_code: allow code tasks to run what the model wrote, in the sandbox.
+        likelihood_samples: draws of a bound, for block-diffusion models; None for the paper's 128.
 
     Returns:
         A result fit for JSON, as docs/evaluate.md describes it; and every scored document.
@@ -66,7 +69,7 @@ def evaluate(
     """
     check_code([job.name for job in jobs], run_generated_code)
     decoding = decoding or Decoding()
-    lm = TidarLM(model, decoding, batch_size)
+    lm = TidarLM(model, decoding, batch_size, likelihood_samples)
     if chat and lm.tokenizer.chat_template is None:
         raise TidarError("this model's tokenizer has no chat template: leave --chat-template out")
     tasks = [task for job in jobs for task in job.parts.values()]
@@ -75,7 +78,9 @@ def evaluate(
         task.set_fewshot_seed(FEWSHOT_SEED)
         if task.OUTPUT_TYPE == "generate_until":
             lm.room(task.config.generation_kwargs["max_gen_toks"], task.task_name)
-            how = asdict(decoding) | {"draft_length": lm.engine.planner.longest.draft_length}
+            how = asdict(decoding)
+            if isinstance(lm.engine, Engine):
+                how["draft_length"] = lm.engine.planner.longest.draft_length
     found = run_harness(
         lm,
         TaskManager(include_defaults=False).load(tasks),
@@ -84,10 +89,10 @@ def evaluate(
         fewshot_as_multiturn=chat,
         bootstrap_iters=0,
     )
-    items = [item for job in jobs for item in _items(job, found["samples"])]
+    items = [item for job in jobs for item in _items(job, found["samples"], lm)]
     result = {
         "conditions": machine.conditions(model.network.device, model.network.lm.dtype)
-        | {"command": command(), "weights": model.network.weights, "template": "chat" if chat else "none"}
+        | {"weights": model.network.weights, "template": "chat" if chat else "none"}
         | {"decoding": how, "batch_size": batch_size, "limit": limit}
         | {name: version(name) for name in ("lm-eval", "math-verify")},
         "tasks": {job.name: _summary(job, [item for item in items if item.task == job.name], lm) for job in jobs},
@@ -104,7 +109,7 @@ def check_code(tasks: Sequence[str], allowed: bool) -> None:
         sandbox.check()
 
 
-def _items(job: Job, samples: dict[str, list[dict[str, Any]]]) -> Iterator[Item]:
+def _items(job: Job, samples: dict[str, list[dict[str, Any]]], lm: TidarLM) -> Iterator[Item]:
     for part in job.parts:
         graded: dict[int, dict[str, float]] = {}
         for sample in samples[part]:
@@ -121,7 +126,10 @@ def _items(job: Job, samples: dict[str, list[dict[str, Any]]]) -> Iterator[Item]
                 graded[document["doc_id"]][score] = float(passed)
         for d in documents:
             answers = [r[0] if isinstance(r[0], str) else float(r[0][0]) for r in d["resps"]]
-            yield Item(job.name, part, d["doc_id"], d["arguments"][0][0], answers, graded[d["doc_id"]])
+            errors = None
+            if lm.bounds and job.recipe.new_tokens is None:
+                errors = [lm.estimates[arguments].standard_error for arguments in d["arguments"]]
+            yield Item(job.name, part, d["doc_id"], d["arguments"][0][0], answers, graded[d["doc_id"]], errors)
 
 
 def _score(metric: str, extraction: str) -> str:
@@ -141,6 +149,13 @@ def _summary(job: Job, items: Sequence[Item], lm: TidarLM) -> dict[str, Any]:
         "harness_task": sorted(job.parts) if len(job.parts) > 1 else next(iter(job.parts)),
         "harness_version": task.VERSION,
     }
+    errors = [error for item in items for error in item.standard_errors or ()]
+    if errors:
+        summary["likelihood"] = {
+            "kind": "Monte Carlo lower bound",
+            "samples": lm.samples,
+            "standard_error": round(statistics.fmean(errors), 6),
+        }
     if job.recipe.new_tokens is not None:
         spent = sum((lm.spent[part] for part in job.parts), Spent())
         summary |= {
@@ -161,9 +176,3 @@ def _mean(values: Sequence[float]) -> dict[str, float | None]:
     """Mean and its standard error, as the harness has them: from the sample's deviation; None for one item."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return {"value": round(statistics.fmean(values), 6), "standard_error": None if error is None else round(error, 6)}
-
-
-def command() -> str:
-    """The command line, without the folders that files are in: those are of this machine."""
-    words = [word for argument in sys.argv[1:] for word in argument.split("=", 1)]
-    return " ".join(["tidar", *(Path(word).name if Path(word).exists() else word for word in words)])

@@ -156,15 +156,23 @@ def build(name: str, data_dir: Path | None = None, chat: bool = False, new_token
         TidarError: for an unknown task, for a file, row or field that is missing, and for a set that does not load.
     """
     known = recipe(name)
+    if data_dir is None:
+        return build_from(name, None, chat, new_tokens)
+    wanted = known.shots if known.rows_as_examples else 0
+    by_subject = wanted and len(known.configs(chat)) > 1
+    local = read(name, known.local, data_dir, wanted, "subject" if by_subject else None)
+    return build_from(name, local, chat, new_tokens)
+
+
+def build_from(name: str, local: Documents | None, chat: bool = False, new_tokens: int | None = None) -> Job:
+    """`build` from documents that were read, None for the hub's."""
+    known = recipe(name)
     configs = known.configs(chat)
     if not configs:
         raise TidarError(f"the installed lm-eval has no task {name}: pip install 'tidar[eval]'")
-    source, local = "Hugging Face hub", None
-    if data_dir is not None:
-        wanted = known.shots if known.rows_as_examples else 0
-        local = read(name, known.local, data_dir, wanted, "subject" if len(configs) > 1 and wanted else None)
-        source = local.source
+    if local is not None:
         configs = _parts(name, configs, local)
+    source = "Hugging Face hub" if local is None else local.source
     parts = {}
     for config in configs:
         task = _task(name, known, config, local, new_tokens)
