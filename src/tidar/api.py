@@ -20,7 +20,7 @@ from tidar.kernels.draft import ALTERNATIVES
 from tidar.model import hub
 from tidar.model.network import Network
 from tidar.prompts import Message, Prompt, encode_prompt
-from tidar.sampling import Reveal, SamplingParams
+from tidar.sampling import DEFAULT_DECODER, Reveal, SamplingParams
 
 Mode = Literal["tidar", "ar", "block-diffusion"]
 
@@ -129,7 +129,7 @@ class TidarModel:
                 "draft length, outcomes and alternatives are options of mode 'tidar': block diffusion decodes "
                 "blocks of the size that it was trained with, without drafts"
             )
-        return BlockDiffusion(self.network, Reveal.parse(decoder or "max-confidence"), params, self.tokenizer)
+        return BlockDiffusion(self.network, Reveal.parse(decoder or DEFAULT_DECODER), params, self.tokenizer)
 
     @staticmethod
     def _check_alternatives(alternatives: int | None, draft_length: int, params: SamplingParams) -> None:

@@ -247,6 +247,9 @@ def _at(values: Tensor, index: Tensor) -> Tensor:
     return values[torch.arange(len(values), device=values.device), index]
 
 
+DEFAULT_DECODER = "max-confidence"
+
+
 @dataclass(frozen=True)
 class Reveal:
     """Which masks of a block become tokens in one forward of block diffusion (the decoders of the paper's Table 4).

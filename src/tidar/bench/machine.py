@@ -77,7 +77,9 @@ def command() -> str:
 
     def short(argument: str) -> str:
         parts = re.split("([=:])", argument)  # --out=FILE, NAME=FILE:10, KIND:FOLDER:OPTION
-        return "".join((Path(part).name if part and Path(part).exists() else part) or part for part in parts)
+        files = (part for part in parts if Path(part).is_absolute() or (part and Path(part).exists()))
+        names = {file: Path(file).name or file for file in files}
+        return "".join(names.get(part, part) for part in parts)
 
     return " ".join(["tidar", *map(short, sys.argv[1:])])
 

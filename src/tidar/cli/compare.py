@@ -42,7 +42,7 @@ def compare(
         str | None, Option(help="Method that others are tested against [default: the first ar].")
     ] = None,
     scores: Annotated[
-        Path | None, Option(help='JSON of graded tasks: {METHOD: {TASK: {"score": .., "stderr": .., "n": ..}}}.')
+        list[str] | None, Option(help="METHOD=RESULT.json (repeatable): scores of `tidar evaluate` for the report.")
     ] = None,
     passes: Annotated[int, Option(help="Times every method answers everything; medians count.")] = 1,
     grader: Annotated[
@@ -55,7 +55,7 @@ def compare(
     dtype: o.Dtype = None,
 ) -> None:
     """Compare methods on the same prompts, one prompt at a time, and write a report."""
-    graded = None if scores is None else read_scores(scores)
+    graded = dict(map(read_scores, scores or []))
     if render is not None:
         if prompts or method or methods:
             raise TidarError(
@@ -84,7 +84,7 @@ def _check(
     methods: list[Method],
     passes: int,
     baseline: str | None,
-    scores: dict[str, Any] | None,
+    scores: dict[str, Any],
 ) -> None:
     """What would only show after measuring."""
     if not prompts:
@@ -93,7 +93,7 @@ def _check(
         raise TidarError("no methods: give --method (for example --method ar --method tidar) or --methods FILE.yaml")
     o.check_counts(passes=passes)
     names = [m.name for m in methods]
-    for name in ([baseline] if baseline is not None else []) + list(scores or {}):
+    for name in ([baseline] if baseline is not None else []) + list(scores):
         if name not in names:
             raise TidarError(f"no method is called {name!r}; there are {', '.join(map(repr, names))}")
 
@@ -104,19 +104,15 @@ def read_set(text: str) -> list[Item]:
     return read_items(file, name, limit)
 
 
-def read_scores(path: Path) -> dict[str, Any]:
-    """Graded tasks by method. Raises TidarError naming what is wrong."""
-    scores = _read_json(path)
-    for name, tasks in scores.items() if isinstance(scores, dict) else [("", None)]:
-        if not isinstance(tasks, dict):
-            raise TidarError(f"{path}: must be {{METHOD: {{TASK: {{'score': number}}}}}}")
-        for task, score in tasks.items():
-            numbers = isinstance(score, dict) and all(
-                isinstance(score.get(key, 0), int | float | None) for key in ("score", "stderr", "n")
-            )
-            if not numbers or not isinstance(score.get("score"), int | float):
-                raise TidarError(f"{path}: {name!r}, task {task!r} has no 'score' that is a number")
-    return scores
+def read_scores(text: str) -> tuple[str, Any]:
+    """METHOD=RESULT.json as the method's name and the result of `tidar evaluate`."""
+    name, _, file = text.rpartition("=")  # names of methods may hold one too
+    if not name or not file:
+        raise TidarError(f"--scores {text!r} is not METHOD=RESULT.json")
+    result = _read_json(Path(file))
+    if not isinstance(result, dict) or not {"tasks", "conditions"} <= result.keys():
+        raise TidarError(f"{file} is no result of `tidar evaluate`")
+    return name, result
 
 
 def write_report(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -75,7 +74,6 @@ def evaluate(
         return
     require_packages("evaluation")
     o.check_counts(limit=limit, batch_size=batch_size, max_new_tokens=max_new_tokens)
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     # Seconds to import, and not installed everywhere.
     import datasets
 

@@ -152,6 +152,7 @@ class BlockDiffusion:
                 "mode 'block-diffusion' decodes models of `tidar train --objective block-diffusion`; this is none"
             )
         self.network, self.reveal, self.tokenizer = network, reveal, tokenizer
+        self.block_size = network.config.block_size
         self.params = params or SamplingParams()
         if self.params.trust < 1:
             raise TidarError("trust below 1 mixes AR and diffusion logits, but a block-diffusion model has no AR half")
@@ -169,8 +170,7 @@ class BlockDiffusion:
             yield from self._batch([(row, prompts[row.answer.row]) for row in rows[first : first + size]], limits)
 
     def _batch(self, jobs: list[tuple[Row, list[int]]], limits: Limits) -> Iterator[list[Update]]:
-        assert self.network.config is not None
-        size, started = self.network.config.block_size, time.perf_counter()
+        size, started = self.block_size, time.perf_counter()
         places = [_Place(row, len(prompt) % size, len(prompt) // size * size) for row, prompt in jobs]
         for place in places:
             place.row.started = started

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple
 
 from tidar.errors import TidarError
 from tidar.evaluate.compare import VERSION
@@ -36,6 +37,15 @@ class Effect:
     shown: str
 
 
+class Score(NamedTuple):
+    """What a model reached in a task, with what kind of error over how many items, and what that was measured with."""
+
+    value: float
+    standard_error: float | None
+    items: int
+    setting: str
+
+
 @dataclass
 class Row:
     """One method.
@@ -49,7 +59,7 @@ class Row:
         identical: answers that are the baseline's, token for token.
         gains: how often a forward gained n tokens.
         categories: tokens per forward and per second by category.
-        scores: graded tasks from elsewhere.
+        scores: of tasks, by their names, where `tidar evaluate` ran the method's model.
     """
 
     facts: dict[str, Any]
@@ -63,7 +73,7 @@ class Row:
     identical: int
     gains: list[int]
     categories: dict[str, tuple[float, float]]
-    scores: dict[str, dict[str, Any]] = field(default_factory=dict)
+    scores: dict[str, Score] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -91,10 +101,10 @@ def analyse(result: dict[str, Any], baseline: str | None = None, scores: dict[st
 
     Args:
         baseline: the method that others are tested against; by default the first "ar", else the first method.
-        scores: {method: {task: {"score", "stderr", "n"}}}, graded elsewhere.
+        scores: results of `tidar evaluate` by method.
 
     Raises:
-        TidarError: for another file, or a method that is not in it.
+        TidarError: for another file, a method that is not in it, or scores that are no result of `tidar evaluate`.
     """
     if not isinstance(result, dict) or result.get("version") != VERSION or not result.get("runs"):
         raise TidarError("this is no result of `tidar compare` that this version reads")
@@ -122,7 +132,7 @@ def _analyse(result: dict[str, Any], baseline: str | None, scores: dict[str, Any
     for effects, nothing in (([r.faster for r in rows], 1.0), ([r.righter for r in rows], 0.0)):
         _correct([effect for effect in effects if effect is not None], nothing)
     for row in rows:
-        row.scores = dict(scores.get(row.name, {}))
+        row.scores = _scores(row.name, scores[row.name]) if row.name in scores else {}
     graded = sum(record["correct"] is not None for record in base)
     return Analysis(
         result["conditions"],
@@ -138,11 +148,23 @@ def _analyse(result: dict[str, Any], baseline: str | None, scores: dict[str, Any
     )
 
 
-def median_seconds(record: dict[str, Any]) -> float:
-    """Of an answer, over passes."""
-    ordered = sorted(record["seconds"])
-    middle = len(ordered) // 2
-    return float(ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2)
+def _scores(name: str, result: dict[str, Any]) -> dict[str, Score]:
+    """The reported score of every task, by task and score."""
+    try:
+        c, found = result["conditions"], {}
+        for task, summary in result["tasks"].items():
+            mean, how = summary["scores"][summary["score"]], c["decoding"] if "forwards" in summary else None
+            setting = [f"template {c['template']}", c["dtype"], c["device"], f"commit {c['commit'] or 'unknown'}"]
+            if how is not None:
+                setting += [f"mode {how['mode']}", f"K {how['draft_length']}", f"temperature {how['temperature']:g}"]
+            if bound := summary.get("likelihood"):
+                setting.append(f"{bound['kind']}, {bound['samples']} samples")
+            label = f"{task}, {summary['score']}"
+            value, error = float(mean["value"]), mean["standard_error"]
+            found[label] = Score(value, error, int(summary["items"]), ", ".join(map(str, setting)))
+        return found
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise TidarError(f"the scores of {name!r} are no result of `tidar evaluate` that this version reads") from error
 
 
 def _row(
@@ -177,7 +199,7 @@ def _row(
 
 def _columns(run: list[dict[str, Any]]) -> tuple[list[float], list[float], list[float]]:
     """Tokens, forwards and seconds of every answer."""
-    return [r["new_tokens"] for r in run], [r["forwards"] for r in run], [median_seconds(r) for r in run]
+    return [r["new_tokens"] for r in run], [r["forwards"] for r in run], [median(r["seconds"]) for r in run]
 
 
 def _faster(run: list[dict[str, Any]], base: list[dict[str, Any]]) -> Effect:
@@ -247,7 +269,8 @@ def _limits(result: dict[str, Any], rows: list[Row], prompts: int, graded: int) 
     tests = len(rows) - 1
     if tests * smallest_p(prompts) >= 1 - LEVEL:
         texts.append(
-            f"With {prompts} prompts and {tests} methods beside the baseline no difference can be shown, however large."
+            f"With {prompts} prompts and {tests} method{'s' * (tests > 1)} beside the baseline no difference can be "
+            "shown, however large."
         )
     if not graded:
         texts.append("No prompt has a known answer that was graded, so nothing here is about quality.")

@@ -10,7 +10,7 @@ from tidar.api import TidarModel
 from tidar.bench import machine
 from tidar.errors import TidarError
 from tidar.evaluate.gsm8k import Grade
-from tidar.evaluate.items import Item, as_messages
+from tidar.evaluate.items import Item
 from tidar.evaluate.methods import (
     ASSISTED_K,
     LOOKUP_K,
@@ -21,7 +21,7 @@ from tidar.evaluate.methods import (
     model_of,
     prepare,
 )
-from tidar.prompts import encode_prompt, template_name
+from tidar.prompts import as_messages, encode_prompt, template_name
 
 VERSION = 1
 """Of the JSON file."""

@@ -134,7 +134,7 @@ class TidarLM(HFLM):
         check_samples(self.samples)
         if batch_size < 1:
             raise TidarError(f"batch size is {batch_size}, but must be at least 1")
-        self._tidar, self._decoding = model, decoding
+        self._tidar, self._decoding, self.seed = model, decoding, decoding.seed
         self.spent: dict[str, Spent] = defaultdict(Spent)
         self.estimates: dict[tuple[str, str], Likelihood] = {}
         # The harness chooses a pad token where there is none: on a copy, the user's tokenizer stays as it is.
@@ -170,7 +170,7 @@ class TidarLM(HFLM):
             room = int(self.max_length) - len(continuation)
             context = context[max(0, len(context) - room) :]
             # A text's draws are its own, whatever else is asked.
-            key = repr((self._decoding.seed, context, continuation)).encode()
+            key = repr((self.seed, context, continuation)).encode()
             seed = int.from_bytes(blake2b(key, digest_size=7).digest())
             estimate = log_likelihood(self._tidar.network, context, continuation, self.samples, seed)
             self.estimates[texts] = estimate

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tidar.errors import TidarError
-from tidar.prompts import Message, Prompt, row_prompt
+from tidar.prompts import Prompt, needed_prompt
 from tidar.sources import BadRows, Row, read_rows
 
 NO_CATEGORY = "all"
@@ -58,11 +58,9 @@ def read_items(source: str | Path, category: str = NO_CATEGORY, limit: int | Non
 def _item(row: Row, number: int, category: str) -> Item:
     place, fields = row
     try:
-        prompt = row_prompt(fields)
+        prompt = needed_prompt(fields)
     except TidarError as error:
         raise TidarError(f"{place}: {error}") from error
-    if not prompt or (isinstance(prompt, str) and not prompt.strip()):
-        raise TidarError(f"{place}: no prompt; a row needs 'prompt', 'messages', 'turns' or 'question'")
     own = fields.get("category")
     if own is not None and not isinstance(own, str):
         raise TidarError(f"{place}: field 'category' must be a text, not {type(own).__name__}")
@@ -89,8 +87,3 @@ def _gold(fields: dict[str, Any]) -> str | None:
     answer = fields.get("answer")
     found = FINAL_ANSWER.findall(answer) if isinstance(answer, str) else []
     return found[-1] if found else None
-
-
-def as_messages(prompt: Prompt) -> list[Message]:
-    """A prompt as a conversation."""
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)

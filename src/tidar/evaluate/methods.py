@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from tidar.api import TidarModel
 from tidar.errors import TidarError, first_line
 from tidar.prompts import Prompt, encode_prompt
-from tidar.sampling import Reveal, SamplingParams
+from tidar.sampling import DEFAULT_DECODER, Reveal, SamplingParams
 
 PEER_ATTENTION = "sdpa"
 
@@ -68,7 +68,7 @@ def parse_method(text: str, name: str | None = None) -> Method:
     if kind not in KINDS:
         raise TidarError(f"method {text!r}: {kind!r} is no method; there are {', '.join(KINDS)}")
     if kind == "block-diffusion":
-        options = {"decoder": parts.pop() if len(parts) > 1 else "max-confidence"}
+        options = {"decoder": parts.pop() if len(parts) > 1 else DEFAULT_DECODER}
         Reveal.parse(options["decoder"])
     else:
         options = _options(text, kind, parts.pop()) if parts and "=" in parts[-1] else {}

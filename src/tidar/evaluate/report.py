@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
-from tidar.evaluate.analysis import Analysis, Effect, Row
+from tidar.evaluate.analysis import Analysis, Effect, Row, Score
 from tidar.evaluate.charts import Point, histogram, lines, scatter
 from tidar.evaluate.statistics import Interval
 
@@ -69,8 +69,10 @@ def to_html(analysis: Analysis) -> str:
         _quality_html(analysis),
         "<h2>Tokens gained by a forward</h2>" + _histograms(analysis),
         _trust_html(analysis),
-        _optional("By category", category_table(analysis), analysis),
-        _optional("Graded elsewhere", score_table(analysis), analysis),
+        _optional("By category", category_table(analysis), setting(analysis)),
+        _optional(
+            "Tasks", score_table(analysis), "Scores of `tidar evaluate` ± their standard errors; no tests.", "text"
+        ),
         "<h2>What ran</h2>" + _table(facts_table(analysis), _caption(analysis)),
         "<h2>First answers</h2>" + "".join(map(_sample, analysis.samples)),
         f"<h2>Conditions</h2>{_table(conditions_table(analysis), '', 'text')}",
@@ -96,7 +98,7 @@ def to_markdown(analysis: Analysis) -> str:
         ("Tokens gained by a forward", gains_table(analysis)),
         ("Trust", trust_table(analysis)),
         ("By category", category_table(analysis)),
-        ("Graded elsewhere", score_table(analysis)),
+        ("Tasks", score_table(analysis)),
         ("What ran", facts_table(analysis)),
         ("Conditions", conditions_table(analysis)),
     ]
@@ -169,17 +171,18 @@ def score_table(analysis: Analysis) -> Table:
     tasks = list(dict.fromkeys(task for row in analysis.rows for task in row.scores))
     if not tasks:
         return []
-    rows: Table = [["method", *tasks]]
+    rows: Table = [["method", *tasks, "measured with"]]
     for row in analysis.rows:
-        rows.append([row.name, *(_score(row.scores.get(task)) for task in tasks)])
+        settings = dict.fromkeys(score.setting for score in row.scores.values())
+        rows.append([row.name, *(_score(row.scores.get(task)) for task in tasks), "; ".join(settings) or NOT_HERE])
     return rows
 
 
-def _score(score: dict[str, Any] | None) -> Cell:
+def _score(score: Score | None) -> Cell:
     if score is None:
         return NOT_HERE
-    error = f" ± {score['stderr']:.1%}" if score.get("stderr") is not None else ""
-    return (f"{score['score']:.1%}{error}", f"n = {score['n']}" if score.get("n") else "")
+    error = f" ± {score.standard_error:.1%}" if score.standard_error is not None else ""
+    return (f"{score.value:.1%}{error}", f"{score.items} items")
 
 
 def gains_table(analysis: Analysis) -> Table:
@@ -260,8 +263,8 @@ def _caption(analysis: Analysis) -> str:
     )
 
 
-def _optional(title: str, table: Table, analysis: Analysis) -> str:
-    return f"<h2>{title}</h2>{_table(table, setting(analysis))}" if table else ""
+def _optional(title: str, table: Table, caption: str, kind: str = "numbers") -> str:
+    return f"<h2>{title}</h2>{_table(table, caption, kind)}" if table else ""
 
 
 def _figure(svg: str, caption: str) -> str:

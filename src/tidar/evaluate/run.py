@@ -19,12 +19,13 @@ from tidar.errors import TidarError
 from tidar.evaluate import sandbox
 from tidar.evaluate.harness import Decoding, Spent, TidarLM
 from tidar.evaluate.tasks import Job, recipe
+from tidar.sampling import DEFAULT_DECODER
 
 FEWSHOT_SEED = 1234
 """The harness' own: which examples stand before a document, where they are drawn from a data set."""
 
 
-class Item(NamedTuple):
+class ScoredItem(NamedTuple):
     """One document of a task: what was asked and answered, and how that scored.
 
     answers: the generated text, or one log-likelihood a choice.
@@ -50,7 +51,7 @@ def evaluate(
     chat: bool = False,
     run_generated_code: bool = False,
     likelihood_samples: int | None = None,
-) -> tuple[dict[str, Any], list[Item]]:
+) -> tuple[dict[str, Any], list[ScoredItem]]:
     """Scores of a model, and what they are means of.
 
     Args:
@@ -81,6 +82,8 @@ def evaluate(
             how = asdict(decoding)
             if isinstance(lm.engine, Engine):
                 how["draft_length"] = lm.engine.planner.longest.draft_length
+            else:
+                how |= {"decoder": decoding.decoder or DEFAULT_DECODER, "draft_length": lm.engine.block_size}
     found = run_harness(
         lm,
         TaskManager(include_defaults=False).load(tasks),
@@ -109,7 +112,7 @@ def check_code(tasks: Sequence[str], allowed: bool) -> None:
         sandbox.check()
 
 
-def _items(job: Job, samples: dict[str, list[dict[str, Any]]], lm: TidarLM) -> Iterator[Item]:
+def _items(job: Job, samples: dict[str, list[dict[str, Any]]], lm: TidarLM) -> Iterator[ScoredItem]:
     for part in job.parts:
         graded: dict[int, dict[str, float]] = {}
         for sample in samples[part]:
@@ -129,7 +132,7 @@ def _items(job: Job, samples: dict[str, list[dict[str, Any]]], lm: TidarLM) -> I
             errors = None
             if lm.bounds and job.recipe.new_tokens is None:
                 errors = [lm.estimates[arguments].standard_error for arguments in d["arguments"]]
-            yield Item(job.name, part, d["doc_id"], d["arguments"][0][0], answers, graded[d["doc_id"]], errors)
+            yield ScoredItem(job.name, part, d["doc_id"], d["arguments"][0][0], answers, graded[d["doc_id"]], errors)
 
 
 def _score(metric: str, extraction: str) -> str:
@@ -137,7 +140,7 @@ def _score(metric: str, extraction: str) -> str:
     return metric if extraction == "none" else extraction.replace("-", "_")
 
 
-def _summary(job: Job, items: Sequence[Item], lm: TidarLM) -> dict[str, Any]:
+def _summary(job: Job, items: Sequence[ScoredItem], lm: TidarLM) -> dict[str, Any]:
     names = dict.fromkeys((job.recipe.score, *(name for item in items for name in item.scores)))
     task = next(iter(job.parts.values()))
     summary: dict[str, Any] = {
@@ -154,6 +157,7 @@ def _summary(job: Job, items: Sequence[Item], lm: TidarLM) -> dict[str, Any]:
         summary["likelihood"] = {
             "kind": "Monte Carlo lower bound",
             "samples": lm.samples,
+            "seed": lm.seed,
             "standard_error": round(statistics.fmean(errors), 6),
         }
     if job.recipe.new_tokens is not None:

@@ -13,9 +13,9 @@ import torch
 from tidar.api import TidarModel
 from tidar.decode.engine import Answer
 from tidar.errors import PromptError, TidarError
-from tidar.evaluate.items import Item, as_messages
+from tidar.evaluate.items import Item
 from tidar.layout import chain_layout
-from tidar.prompts import Prompt, encode_prompt
+from tidar.prompts import Prompt, as_messages, encode_prompt
 
 TIE = 4
 """Two logits tie where they differ by at most this many rounding steps (of the larger one, in the model's dtype): each
