@@ -6,20 +6,13 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from tidar import TidarModel
-from tidar.config import TidarConfig
 from tidar.decode.engine import Answer, Update
-from tidar.model.drafter import Drafter, DrafterSpec
-from tiny import tiny_folder, tiny_lm
+from tiny import drafting_folder, tiny_folder, tiny_lm
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny model folder with a drafter inside."""
-    path = tmp_path_factory.mktemp("tiny")
-    model = TidarModel.from_pretrained(tiny_folder(path), device="cpu")
-    drafter = Drafter(model.hf_model, DrafterSpec(rank=4, sampler_width=8))
-    drafter.save(path / "drafter", str(path), TidarConfig(block_size=4))
-    return str(path)
+    return drafting_folder(tmp_path_factory.mktemp("tiny"))
 
 
 FIELDS = [

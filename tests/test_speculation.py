@@ -6,23 +6,16 @@ import pytest
 import torch
 
 from tidar import TidarError, TidarModel
-from tidar.config import TidarConfig
 from tidar.decode.engine import Answer
 from tidar.evaluate.items import Item, read_items
 from tidar.evaluate.speculation import Question, gap_in_steps, measure, parity, summary
-from tidar.model.drafter import Drafter, DrafterSpec
 from tidar.prompts import encode_prompt
-from tiny import tiny_folder
+from tiny import drafting_folder
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny model folder with a drafter inside."""
-    path = tmp_path_factory.mktemp("tiny")
-    model = TidarModel.from_pretrained(tiny_folder(path), device="cpu")
-    drafter = Drafter(model.hf_model, DrafterSpec(rank=4, sampler_width=8))
-    drafter.save(path / "drafter", str(path), TidarConfig(block_size=4))
-    return str(path)
+    return drafting_folder(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import statistics
@@ -77,7 +78,7 @@ def command() -> str:
 
     def short(argument: str) -> str:
         parts = re.split("([=:])", argument)  # --out=FILE, NAME=FILE:10, KIND:FOLDER:OPTION
-        files = (part for part in parts if Path(part).is_absolute() or (part and Path(part).exists()))
+        files = (part for part in parts if os.path.isabs(part) or os.path.exists(part))
         names = {file: Path(file).name or file for file in files}
         return "".join(names.get(part, part) for part in parts)
 

@@ -106,7 +106,8 @@ def evaluate(
     result = {"model": files.model_name(model), **result}
     files.write_json(out, result)
     if samples is not None:
-        samples.write_text("".join(json.dumps(item._asdict(), ensure_ascii=False) + "\n" for item in items))
+        lines = (json.dumps(item._asdict(), ensure_ascii=False) + "\n" for item in items)
+        samples.write_text("".join(lines), encoding="utf-8")
     _show(result["tasks"])
 
 

@@ -28,10 +28,13 @@ def check_writable(*paths: Path | None) -> None:
 
 
 def write_json(path: Path, result: dict[str, Any], indent: int | None = 1) -> None:
-    """Write a result, all of it or nothing."""
-    partial = path.with_name(f"{path.stem}.partial")
-    partial.write_text(json.dumps(result, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    """Write a result, to a file all of it or nothing."""
+    text = json.dumps(result, indent=indent, ensure_ascii=False) + "\n"
+    whole = not path.exists() or path.is_file()  # not so for /dev/stdout
+    partial = path.with_name(f"{path.stem}.partial") if whole else path
+    partial.write_text(text, encoding="utf-8")
+    if whole:
+        partial.replace(path)
 
 
 def kept(results: Iterator[dict[str, Any]], path: Path, indent: int | None = 1) -> dict[str, Any]:
