@@ -1,4 +1,6 @@
 import os
+import sys
+from collections.abc import Callable
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports transformers
 
@@ -8,6 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tidar.cli.main import main
 from tiny import tiny_folder
 from train_options import conversations
 
@@ -39,3 +42,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Conversations to train on."""
     return conversations(tmp_path_factory.mktemp("data") / "rows.jsonl", 40)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """`tidar ...` in this process: exit code, stdout, stderr."""
+
+    def call(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["tidar", *map(str, args)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call

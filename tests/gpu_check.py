@@ -17,7 +17,9 @@ import torch
 
 from tidar import TidarModel
 from tidar.bench import shapes, slots
-from tidar.decode import engine
+from tidar.config import TidarConfig
+from tidar.decode import block_diffusion, engine
+from tidar.decode.block_diffusion import BlockDiffusion, Denoiser
 from tidar.decode.engine import Engine, Limits
 from tidar.decode.planner import AutoPlanner
 from tidar.decode.runner import Runner
@@ -26,7 +28,7 @@ from tidar.errors import TidarError
 from tidar.kernels.weights import KINDS
 from tidar.model.network import Network
 from tidar.prompts import encode_prompt
-from tidar.sampling import SamplingParams
+from tidar.sampling import Reveal, SamplingParams
 
 HERE = Path(__file__).parent
 TIE = 0.25
@@ -109,6 +111,39 @@ def check_parity(dtype: str, plans: Sequence[Plan | AutoPlanner] = PLANS, weight
             assert max(gaps) <= (0 if dtype == "float32" else TIE), "the fast engine says something else"
 
 
+def check_block_diffusion() -> None:
+    """Captured forwards decode what eager ones of the stock modules do (random weights, float32), and their speed."""
+    network = shapes.build("random:smollm2-135m", False, None, "float32")
+    network.config = TidarConfig(8, "block-diffusion", mask_token_id=0)
+    prompts = [list(range(5 + i, 40 + 9 * i)) for i in range(5)]
+
+    def run(name: str, batch: int) -> tuple[list[list[int]], int]:
+        engine, answers = BlockDiffusion(network, Reveal.parse(name)), {}
+        for updates in engine.run(prompts, Limits(64, frozenset([7])), batch):
+            answers.update({update.answer.row: update.answer for update in updates})
+        ordered = [answers[i] for i in range(len(prompts))]
+        return [a.token_ids for a in ordered], sum(a.forwards for a in ordered)
+
+    fast = block_diffusion.denoiser_for
+    for name in ("max-confidence", "fixed-2", "confidence>0.001"):
+        for batch in (1, 5):
+            got, _ = run(name, batch)
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            got, forwards = run(name, batch)
+            seconds, fused = time.perf_counter() - started, network.fused
+            block_diffusion.denoiser_for, network.fused = Denoiser, None
+            try:
+                wanted, _ = run(name, batch)
+            finally:
+                block_diffusion.denoiser_for, network.fused = fast, fused
+            same = sum(a == b for a, b in zip(got, wanted, strict=True))
+            ms = 1e3 * seconds * batch / forwards
+            print(f"block diffusion {name} batch {batch}: {same}/5 identical, {ms:.3f} ms a forward", flush=True)
+            # Of random weights the confidences are nearly equal: one may go the other way.
+            assert same >= 4, "captured forwards decode something else"
+
+
 def main() -> None:
     assert torch.cuda.is_available(), "this needs a CUDA GPU"
     torch.set_float32_matmul_precision("highest")  # float32 parity means float32, whatever the environment says
@@ -131,6 +166,7 @@ def main() -> None:
         check_parity(dtype)
     for kind in KINDS:
         check_parity("bfloat16", (Plan(1), Plan(8), Plan(16, outcomes=6)), kind)
+    check_block_diffusion()
     network = shapes.build("random:smollm2-135m", True, None, None)
     for length, outcomes, alternatives in slots.STEPS:
         plan = Plan(length, outcomes=outcomes, alternatives=alternatives)

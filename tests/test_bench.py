@@ -1,13 +1,11 @@
 """`tidar bench` measures what it says, writes it down and draws it."""
 
 import json
-import sys
 
 import pytest
 import torch
 
 from tidar.bench import machine, shapes, slots
-from tidar.cli.main import main
 from tidar.decode.step import Plan
 from tidar.errors import TidarError
 from tiny import CONTEXT, tiny_folder, tiny_network
@@ -16,18 +14,6 @@ from tiny import CONTEXT, tiny_folder, tiny_network
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tiny_folder(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["tidar", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            main()
-        captured = capsys.readouterr()
-        return exit.value.code or 0, captured.out, captured.err
-
-    return run
 
 
 def test_slots_are_measured_written_and_drawn(run, folder, tmp_path, monkeypatch):

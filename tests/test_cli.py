@@ -6,36 +6,13 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from tidar import TidarModel
-from tidar.cli.main import main
-from tidar.config import TidarConfig
 from tidar.decode.engine import Answer, Update
-from tidar.model.drafter import Drafter, DrafterSpec
-from tiny import tiny_folder, tiny_lm
+from tiny import drafting_folder, tiny_folder, tiny_lm
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny model folder with a drafter inside."""
-    path = tmp_path_factory.mktemp("tiny")
-    model = TidarModel.from_pretrained(tiny_folder(path), device="cpu")
-    drafter = Drafter(model.hf_model, DrafterSpec(rank=4, sampler_width=8))
-    drafter.save(path / "drafter", str(path), TidarConfig(block_size=4))
-    return str(path)
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["tidar", *map(str, args)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    return drafting_folder(tmp_path_factory.mktemp("tiny"))
 
 
 FIELDS = [
@@ -129,6 +106,9 @@ BAD = {
     "long drafts": ([*GENERATE, "x", "--draft-length", "129"], "draft length is 129, but must be between 1 and 128"),
     "tokens": ([*GENERATE, "x", "--max-new-tokens", "0"], "max_new_tokens is 0"),
     "mode": ([*GENERATE, "x", "--mode", "fast"], "mode is 'fast'"),
+    "block diffusion": ([*GENERATE, "x", "--mode", "block-diffusion"], "mode 'block-diffusion' decodes models of"),
+    "decoder": ([*GENERATE, "x", "--decoder", "fixed-2"], "it is an option of 'block-diffusion'"),
+    "bad decoder": ([*GENERATE, "x", "--mode", "block-diffusion", "--decoder", "best"], "decoder is 'best'"),
     "empty stop": ([*GENERATE, "x", "--stop", ""], "stop"),
     "device": ([*GENERATE, "x", "--device", "quantum"], "device 'quantum'"),
     "dtype": ([*GENERATE, "x", "--dtype", "int3"], "dtype is 'int3'"),

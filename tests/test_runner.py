@@ -27,7 +27,7 @@ class Replayed(GraphRunner):
         super().__init__(network)
         self.made = list[str]()
 
-    def _record(self, work, what):
+    def record(self, work, what):
         self.made.append(what)
         result = work()
 

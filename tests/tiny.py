@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from tidar import TidarModel
 from tidar.config import TidarConfig
 from tidar.model import attention
 from tidar.model.drafter import Drafter, DrafterSpec
@@ -112,4 +113,12 @@ def tiny_folder(
         tokenizer.chat_template = "{% for m in messages %}{{ m['role'][0] + m['content'] + '\n' }}{% endfor %}"
     tiny_lm(arch, vocabulary=len(vocabulary) + mask_token, tied=tied).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def drafting_folder(folder: Path) -> str:
+    """Such a folder with a drafter of blocks of 4 inside."""
+    model = TidarModel.from_pretrained(tiny_folder(folder), device="cpu")
+    drafter = Drafter(model.hf_model, DrafterSpec(rank=4, sampler_width=8))
+    drafter.save(folder / "drafter", str(folder), TidarConfig(block_size=4))
     return str(folder)

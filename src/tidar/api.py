@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tidar.config import MAX_DRAFT, TidarConfig
+from tidar.decode.block_diffusion import BlockDiffusion
 from tidar.decode.engine import Answer, Engine, Limits, Planner, Update
 from tidar.decode.hf import make_custom_generate
 from tidar.decode.planner import AutoPlanner
@@ -19,9 +20,9 @@ from tidar.kernels.draft import ALTERNATIVES
 from tidar.model import hub
 from tidar.model.network import Network
 from tidar.prompts import Message, Prompt, encode_prompt
-from tidar.sampling import SamplingParams
+from tidar.sampling import DEFAULT_DECODER, Reveal, SamplingParams
 
-Mode = Literal["tidar", "ar"]
+Mode = Literal["tidar", "ar", "block-diffusion"]
 
 
 class TidarModel:
@@ -77,8 +78,10 @@ class TidarModel:
             remeasure: measure the costs of this machine again.
             alternatives: next best tokens that are verified beside the drafts (see `decode.step.Plan`).
         """
+        if mode == "block-diffusion":
+            raise TidarError("mode 'block-diffusion' has no drafts to plan: decode with `generate` or `stream`")
         if mode not in ("tidar", "ar"):
-            raise TidarError(f"mode is {mode!r}, but must be 'tidar' or 'ar'")
+            raise TidarError(f"mode is {mode!r}, but must be 'tidar', 'ar' or 'block-diffusion'")
         if plan not in ("auto", "fixed"):
             raise TidarError(f"plan is {plan!r}, but must be 'auto' or 'fixed'")
         most = min(MAX_DRAFT, self.network.max_positions or MAX_DRAFT)
@@ -97,6 +100,36 @@ class TidarModel:
         if plan == "auto" and not chosen and self.network.can_draft:
             return AutoPlanner(params, remeasure)
         return Plan(length, params, outcomes, alternatives or 0)
+
+    def engine(
+        self,
+        mode: Mode = "tidar",
+        draft_length: int | None = None,
+        params: SamplingParams | None = None,
+        outcomes: int | None = None,
+        plan: Literal["auto", "fixed"] = "auto",
+        remeasure: bool = False,
+        alternatives: int | None = None,
+        decoder: str | None = None,
+    ) -> Engine | BlockDiffusion:
+        """What decodes in a mode; arguments as of `plan`, and block diffusion's `decoder` (see `stream`).
+
+        Raises:
+            TidarError: for options that cannot be honoured.
+        """
+        if mode != "block-diffusion":
+            if decoder is not None:
+                raise TidarError(
+                    f"decoder is {decoder!r}, but mode {mode!r} has none: it is an option of 'block-diffusion'"
+                )
+            planned = self.plan(mode, draft_length, params, outcomes, plan, remeasure, alternatives)
+            return Engine(self.network, planned, self.tokenizer)
+        if any(value is not None for value in (draft_length, outcomes, alternatives)):
+            raise TidarError(
+                "draft length, outcomes and alternatives are options of mode 'tidar': block diffusion decodes "
+                "blocks of the size that it was trained with, without drafts"
+            )
+        return BlockDiffusion(self.network, Reveal.parse(decoder or DEFAULT_DECODER), params, self.tokenizer)
 
     @staticmethod
     def _check_alternatives(alternatives: int | None, draft_length: int, params: SamplingParams) -> None:
@@ -149,8 +182,9 @@ class TidarModel:
         Args:
             prompt: a text (sent as a user message through the chat template) or a message list.
             **options: max_new_tokens (256), temperature (0), top_k, top_p, min_p, seed (0), trust (1), stop (texts),
-                mode ("tidar" or "ar"), draft_length, outcomes, alternatives, plan ("auto"; see `plan`), remeasure, raw
-                (False: use the chat template).
+                mode ("tidar", "ar" or "block-diffusion"), decoder (of block diffusion: "max-confidence",
+                "left-to-right", "fixed-N" or "confidence>P"), draft_length, outcomes, alternatives, plan ("auto"; see
+                `plan`), remeasure, raw (False: use the chat template).
 
         Raises:
             TidarError: for options or prompts that cannot be honoured.
@@ -171,13 +205,14 @@ class TidarModel:
         trust: float = 1.0,
         stop: Sequence[str] = (),
         mode: Mode = "tidar",
+        decoder: str | None = None,
         draft_length: int | None = None,
         outcomes: int | None = None,
         alternatives: int | None = None,
         plan: Literal["auto", "fixed"] = "auto",
         remeasure: bool = False,
         raw: bool = False,
-    ) -> tuple[Engine, Limits, Callable[[Prompt], list[int]]]:
+    ) -> tuple[Engine | BlockDiffusion, Limits, Callable[[Prompt], list[int]]]:
         tokenizer = self.tokenizer
         if tokenizer is None:
             raise TidarError("this model folder has no tokenizer, so text prompts cannot be encoded")
@@ -186,8 +221,7 @@ class TidarModel:
         if isinstance(stop, str) or not all(stop):
             raise TidarError("stop must be a list of texts, none of them empty")
         params = SamplingParams(temperature, top_k, top_p, min_p, seed, trust)
-        planned = self.plan(mode, draft_length, params, outcomes, plan, remeasure, alternatives)
-        engine = Engine(self.network, planned, tokenizer)
+        engine = self.engine(mode, draft_length, params, outcomes, plan, remeasure, alternatives, decoder)
 
         def encode(prompt: Prompt) -> list[int]:
             ids, context = encode_prompt(tokenizer, prompt, raw), self.network.max_positions

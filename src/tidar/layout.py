@@ -227,7 +227,7 @@ def _hang_blocks(
     number = index + before * nodes
     block_number = anchors + 1 + torch.arange(blocks, device=depth.device) * nodes
     offsets = torch.arange(1, block_size + 1, device=depth.device)
-    anchor_depth = torch.where(anchors < 0, -1, depth.gather(1, anchors.clamp(min=0)) if blocks else anchors)
+    anchor_depth = torch.where(anchors < 0, -1, depth.gather(1, anchors.clamp(min=0)) if blocks and clean else anchors)
     block_depth = (anchor_depth[..., None] + offsets).flatten(1)
     block_start = block_number.repeat_interleave(block_size, 1)
     block_enter = block_start + (offsets - 1).repeat(blocks) if causal_blocks else block_start
@@ -305,6 +305,28 @@ def _pruned_step(length: int, anchors: Tensor, leaves: tuple[int, ...], causal_b
         block_size=length,
         prefix=bare.prefix.expand(batch),
     )
+
+
+def denoise_prefill_layout(lengths: Tensor, width: int, block_size: int) -> Layout:
+    """Block diffusion's prefill: whole tiles of prompts, then the block that goes on from each row's last one.
+
+    `lengths` [B] are multiples of K, 0 for a prompt that fills no tile; prompts are right-padded to `width`. What is
+    left of a prompt is shown in the block, as it was in training.
+    """
+    padding = torch.arange(width, device=lengths.device) >= lengths[:, None]
+    return block_causal_layout(width, lengths[:, None] - 1, block_size, documents=padding.long())
+
+
+def denoise_layout(block_size: int, finished: Tensor | None, rows: int, device: torch.device | str = "cpu") -> Layout:
+    """One forward of block diffusion: the block that is being decoded, behind the tiles in the cache.
+
+    Rows whose last block is `finished` [B] bool carry its K tokens first, as a clean tile, and the block hangs off it:
+    the tile's keys and values are those of training, which never come from a forward in which it held masks. In other
+    rows the K clean tokens are seen by nobody. Without `finished` no row has any. No prefix; call `.after(prefix)`.
+    """
+    if finished is None:
+        return block_causal_layout(0, torch.full((rows, 1), -1, device=device), block_size)
+    return block_causal_layout(block_size, torch.where(finished, block_size - 1, -1)[:, None], block_size)
 
 
 def tiled_anchors(clean: int, block_size: int, device: torch.device | str = "cpu") -> Tensor:

@@ -53,12 +53,13 @@ def row_prompts(rows: Iterable[Row], bad: BadRows) -> Iterator[Placed]:
     """The prompt of every row that has one; the others go to `bad`."""
     for place, fields in rows:
         try:
-            yield Placed(place, _needed_prompt(fields))
+            yield Placed(place, needed_prompt(fields))
         except TidarError as error:
             bad.add(TidarError(f"{place}: {error}"))
 
 
-def _needed_prompt(fields: dict[str, Any]) -> Prompt:
+def needed_prompt(fields: dict[str, Any]) -> Prompt:
+    """The prompt in a row that must have one. Raises TidarError saying what is missing."""
     prompt = row_prompt(fields)
     if prompt is None:
         raise TidarError(f"no prompt; a row needs 'prompt', 'messages' or 'turns', this one has {field_names(fields)}")
@@ -140,8 +141,17 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, raw: bool 
             reason = "--raw takes plain text" if raw else "this tokenizer has no chat template"
             raise TidarError(f"the prompt is a list of messages, but {reason}")
         return tokenize(tokenizer, prompt)
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return tokenize(tokenizer, render(tokenizer, messages, True), add_special_tokens=False)
+    return tokenize(tokenizer, render(tokenizer, as_messages(prompt), True), add_special_tokens=False)
+
+
+def as_messages(prompt: Prompt) -> list[Message]:
+    """A prompt as a conversation."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+
+
+def template_name(tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """What results say about how prompts are encoded by `encode_prompt`."""
+    return "none" if tokenizer is None or tokenizer.chat_template is None else "chat"
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], open_answer: bool) -> str:

@@ -7,6 +7,7 @@ the *processed* autoregressive distribution p (temperature, top-k, top-p, min-p)
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -244,6 +245,74 @@ def _count_prefix(stands: Tensor, drafted: Tensor | None) -> Tensor:
 def _at(values: Tensor, index: Tensor) -> Tensor:
     """values[b, index[b]] for values [B, K, ...]."""
     return values[torch.arange(len(values), device=values.device), index]
+
+
+DEFAULT_DECODER = "max-confidence"
+
+
+@dataclass(frozen=True)
+class Reveal:
+    """Which masks of a block become tokens in one forward of block diffusion (the decoders of the paper's Table 4).
+
+    Attributes:
+        count: how many are decided at least, as long as there are so many.
+        threshold: tokens that the model gives a higher probability than this are decided as well.
+        left_to_right: take the first masks, not those whose tokens have the highest probability.
+    """
+
+    count: int = 1
+    threshold: float | None = None
+    left_to_right: bool = False
+
+    @staticmethod
+    def parse(name: str) -> Reveal:
+        """The decoder called "max-confidence", "left-to-right", "fixed-N" or "confidence>P". Raises TidarError."""
+        if name == "max-confidence":
+            return Reveal()
+        if name == "left-to-right":
+            return Reveal(left_to_right=True)
+        if fixed := re.fullmatch(r"fixed-([1-9]\d{0,3})", name):
+            return Reveal(count=int(fixed[1]))
+        if confident := re.fullmatch(r"confidence>(0|0?\.\d+)", name):
+            return Reveal(threshold=float(confident[1]))
+        raise TidarError(
+            f"decoder is {name!r}, but must be 'max-confidence', 'left-to-right', 'fixed-N' with N of at least 1, or "
+            "'confidence>P' with P in [0, 1)"
+        )
+
+
+def choose_reveals(confidence: Tensor, candidates: Tensor, reveal: Reveal) -> Tensor:
+    """[B, K] bool, the masks that become tokens now.
+
+    Args:
+        confidence: [B, K] probability of the token that each mask would become.
+        candidates: [B, K] bool, the masks that are still to be decided.
+        reveal: the decoder.
+    """
+    places = torch.arange(confidence.shape[1], device=confidence.device)
+    score = torch.where(candidates, -places.float() if reveal.left_to_right else confidence, -torch.inf)
+    rank = score.argsort(dim=1, descending=True, stable=True).argsort(1)
+    chosen = rank < reveal.count
+    if reveal.threshold is not None:
+        chosen |= confidence > reveal.threshold
+    return chosen & candidates
+
+
+def undecided(block: Tensor, places: Tensor, start: Tensor, limit: Tensor, eos_ids: Tensor) -> Tensor:
+    """[B, K] bool, the masks of a block that belong to the answer as far as it is known.
+
+    Masks behind a decided end of sequence, or beyond the longest answer, stay masks: training never asked for those
+    behind a document's end.
+
+    Args:
+        block: [B, K] token ids, negative for a mask.
+        places: [B, K] where they stand in the text.
+        start, limit: [B] where the answer begins, and where it must have ended.
+        eos_ids: [E] tokens that end it.
+    """
+    ends = (block[..., None] == eos_ids).any(-1) & (places >= start[:, None])
+    behind = ends.long().cumsum(1) - ends.long() > 0
+    return (block < 0) & (places < limit[:, None]) & ~behind
 
 
 _GAMMA, _MIX1, _MIX2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15

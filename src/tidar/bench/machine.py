@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -59,7 +61,7 @@ def conditions(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False
     ).stdout.strip()
     return {
-        "command": " ".join(["tidar", *sys.argv[1:]]),
+        "command": command(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "dtype": str(dtype).removeprefix("torch."),
@@ -69,6 +71,18 @@ def conditions(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
+
+
+def command() -> str:
+    """The command line, without the folders that files are in: those are of this machine."""
+
+    def short(argument: str) -> str:
+        parts = re.split("([=:])", argument)  # --out=FILE, NAME=FILE:10, KIND:FOLDER:OPTION
+        files = (part for part in parts if os.path.isabs(part) or os.path.exists(part))
+        names = {file: Path(file).name or file for file in files}
+        return "".join(names.get(part, part) for part in parts)
+
+    return " ".join(["tidar", *map(short, sys.argv[1:])])
 
 
 def precision(result: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tidar.bench import shapes, slots, speed, training
+from tidar.cli import files
 from tidar.cli import options as o
 from tidar.errors import TidarError
 from tidar.prompts import Prompt, read_prompts
@@ -40,13 +40,13 @@ def bench_slots(
     prefixes, counts = prefix or [256, 1024], sorted(set(tokens or TOKENS))
     if min(*prefixes, *counts, batch) < 1:
         raise TidarError("tokens, prefix and batch must be at least 1")
-    _writable(out)
+    files.check_writable(files.named(out, ".json"))
     network = shapes.build(model, drafter, device, dtype, weights)
     limit = network.max_positions
     if limit is not None and max(prefixes) + max(counts) > limit:
         raise TidarError(f"{max(prefixes)} + {max(counts)} tokens exceed the model's context of {limit}")
     result = _kept(slots.measure(network, model, counts, prefixes, batch), out)
-    slots.plot(result, _named(out, ".png"))
+    slots.plot(result, files.named(out, ".png"))
     console = Console()
     for curve in result["curves"]:
         table = Table(
@@ -80,12 +80,12 @@ def bench_speed(
     batches = batch or [1, 4, 16, 64]
     if min(*batches, repeats, peer_prompts) < 1:
         raise TidarError("batch, repeats and peer-prompts must be at least 1")
-    _writable(out)
+    files.check_writable(files.named(out, ".json"))
     sets = dict(map(read_set, prompts))
     loaded = o.load(model, drafter, device, dtype, weights)
     measured = speed.measure(loaded, model, sets, batches, max_new_tokens, repeats, peers, peer_prompts)
     result = _kept(measured, out)
-    speed.plot(result, _named(out, ".png"))
+    speed.plot(result, files.named(out, ".png"))
     for name, size in dict.fromkeys((row["set"], row["batch"]) for row in result["rows"]):
         mine = [row for row in result["rows"] if (row["set"], row["batch"]) == (name, size)]
         table = Table("", "tokens/s", "first ms", "ms/forward", "tokens/forward", title=f"{name}, batch {size}")
@@ -130,7 +130,7 @@ def bench_train(
         training.options_for(config, name).check_options()
     if steps < 2 * training.LOGS:
         raise TidarError(f"steps is {steps}, but must be at least {2 * training.LOGS}")
-    _writable(out)
+    files.check_writable(files.named(out, ".json"))
     result = _kept(training.measure(config, objectives), out)
     table = Table(
         "objective", "tokens/s", "time a token", "MFU", "peak GiB", title=f"{model}, {sequence_length:,} tokens"
@@ -144,31 +144,12 @@ def bench_train(
 
 def read_set(text: str) -> tuple[str, list[Prompt]]:
     """NAME=FILE[:FIRST_N] as a name and its prompts."""
-    name, _, rest = text.partition("=")
-    file, _, limit = rest.partition(":")
-    if not file or (limit and not (limit.isdigit() and int(limit))):
-        raise TidarError(f"--prompts {text!r} is not NAME=FILE.jsonl[:FIRST_N]")
-    return name, [placed.prompt for placed in read_prompts(Path(file))][: int(limit) if limit else None]
-
-
-def _named(out: Path, suffix: str) -> Path:
-    return out.with_name(out.name + suffix)  # a name may hold dots that are no suffix
-
-
-def _writable(out: Path) -> None:
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _named(out, ".json").touch()
-    except OSError as error:
-        raise TidarError(f"cannot write {_named(out, '.json')}: {error.strerror}") from error
+    name, file, limit = files.prompt_set(text)
+    return name, [placed.prompt for placed in read_prompts(file)][:limit]
 
 
 def _kept(results: Iterator[dict[str, Any]], out: Path) -> dict[str, Any]:
-    """The last of growing results, each written as it comes: what was measured survives a Ctrl-C."""
-    path, result = _named(out, ".json"), dict[str, Any]()
-    partial = _named(out, ".partial")
-    for result in results:
-        partial.write_text(json.dumps(result, indent=1) + "\n")
-        partial.replace(path)
+    path = files.named(out, ".json")
+    result = files.kept(results, path)
     print(f"wrote {path}", file=sys.stderr)
     return result

@@ -14,6 +14,7 @@ def chat(
     model: o.Model = "smollm2-135m",
     drafter: o.DrafterFolder = None,
     mode: o.Mode = "tidar",
+    decoder: o.Decoder = None,
     max_new_tokens: o.MaxNewTokens = 512,
     temperature: o.Temperature = 0.0,
     top_k: o.TopK = None,
@@ -48,6 +49,7 @@ def chat(
         "remeasure": remeasure,
         "trust": trust,
         "mode": mode,
+        "decoder": decoder,
     }
     loaded.check(**settings)
     print("Ctrl-C stops an answer, Ctrl-D or /exit leaves, /new forgets the conversation.", file=sys.stderr)

@@ -7,7 +7,7 @@ import sys
 import typer
 from rich.console import Console
 
-from tidar.cli import bench, chat, generate, generate_data, train
+from tidar.cli import bench, chat, compare, evaluate, generate, generate_data, speculation, train
 from tidar.errors import TidarError
 
 app = typer.Typer(
@@ -21,7 +21,10 @@ app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("generate-data")(generate_data.generate_data)
 app.command("train")(train.train)
+app.command("compare")(compare.compare)
 app.add_typer(bench.app, name="bench")
+evaluate.app.command("speculation")(speculation.speculation)
+app.add_typer(evaluate.app, name="evaluate")
 
 
 def main() -> None:

@@ -8,10 +8,22 @@ import typer
 from transformers.utils import logging as hf_logging
 
 from tidar.api import TidarModel
+from tidar.errors import TidarError
 
 Model = Annotated[str, typer.Option(help="'smollm2-135m', a drafter or model folder, or a Hugging Face id.")]
 DrafterFolder = Annotated[str | None, typer.Option("--drafter", help="Drafter folder instead of the model's own.")]
-Mode = Annotated[str, typer.Option(help="'tidar' drafts and verifies, 'ar' is plain decoding.")]
+Mode = Annotated[
+    str,
+    typer.Option(
+        help="'tidar' drafts and verifies, 'ar' is plain decoding, 'block-diffusion' is for models of that objective."
+    ),
+]
+Decoder = Annotated[
+    str | None,
+    typer.Option(
+        help="Of block-diffusion: max-confidence, left-to-right, fixed-N or confidence>P [default: max-confidence]."
+    ),
+]
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 TopK = Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")]
@@ -46,3 +58,10 @@ def load(model: str, drafter: str | None, device: str | None, dtype: str | None,
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
     return TidarModel.from_pretrained(model, drafter=drafter, device=device, dtype=dtype, weights=weights)
+
+
+def check_counts(**counts: int | None) -> None:
+    """Raise TidarError for an option that counts something and is below 1; None is not asked for."""
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise TidarError(f"{name.replace('_', '-')} is {value}, but must be at least 1")

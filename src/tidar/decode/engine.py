@@ -40,7 +40,8 @@ class Answer:
         text: their text without special tokens, cut before a stop string; empty where the engine has no tokenizer, and
             until the end where nobody follows it.
         forwards: forward passes spent on this row, the prefill counted.
-        acceptance_lengths: tokens gained by each forward after the prefill (the prefill itself gains one).
+        acceptance_lengths: tokens gained by each forward after the prefill (the prefill itself gains one). In block
+            diffusion: tokens that each forward decided, the first one's too, and those behind an end that came later.
         seconds: from the start of the row's prefill to its last token.
         finish_reason: "stop" (end of sequence or stop string), "length", or None while running.
     """
@@ -71,7 +72,7 @@ class Update(NamedTuple):
 
 
 @dataclass
-class _Row:
+class Row:
     """A running row: its answer, how many new tokens fit, and the tokens in its cache.
 
     streaming: whether its text is followed as it grows, for whoever reads it or for stop strings.
@@ -142,8 +143,8 @@ class Engine:
         self.planner = Fixed(plan) if isinstance(plan, Plan) else plan
         if network.config is not None and network.config.objective == "block-diffusion":
             raise TidarError(
-                "this is a block-diffusion model, trained without an autoregressive term: neither mode 'tidar' nor "
-                "'ar' decodes it; for those, convert its base with --objective lossless or paper"
+                "this is a block-diffusion model, trained without an autoregressive term: mode 'block-diffusion' "
+                "decodes it; for 'tidar' and 'ar', convert its base with --objective lossless or paper"
             )
         if self.planner.longest.drafting and not network.can_draft:
             raise TidarError("this model has no drafter: convert it with `tidar train`, or decode with mode 'ar'")
@@ -180,13 +181,13 @@ class Engine:
         self,
         runner: Runner,
         state: State,
-        waiting: deque[_Row],
+        waiting: deque[Row],
         most: int,
         prompts: Sequence[list[int]],
         limits: Limits,
     ) -> Iterator[list[Update]]:
-        slots: list[_Row | None] = [None] * runner.batch_for(most)
-        running = deque[tuple[list[_Row | None], Plan, Pending]]()
+        slots: list[Row | None] = [None] * runner.batch_for(most)
+        running = deque[tuple[list[Row | None], Plan, Pending]]()
         while waiting or any(slots):
             free = [slot for slot, row in enumerate(slots) if row is None]
             places = free[: most - (len(slots) - len(free))]  # the batch may be larger than was asked for
@@ -209,17 +210,15 @@ class Engine:
                 if updates:
                     yield updates
 
-    def _row(self, index: int, prompt: list[int], limits: Limits, streaming: bool) -> _Row:
-        stream = TextStream(self.tokenizer, limits.stop) if self.tokenizer is not None else None
-        room = room_for(self.network, prompt, limits.max_new_tokens, index)
-        return _Row(Answer(index), stream, streaming or bool(limits.stop), room, len(prompt), 0.0)
+    def _row(self, index: int, prompt: list[int], limits: Limits, streaming: bool) -> Row:
+        return new_row(self.network, self.tokenizer, index, prompt, limits, streaming)
 
     def _admit(
         self,
         runner: Runner,
         places: list[int],
-        joining: list[_Row],
-        slots: list[_Row | None],
+        joining: list[Row],
+        slots: list[Row | None],
         prompts: Sequence[list[int]],
         limits: Limits,
     ) -> list[Update]:
@@ -231,10 +230,10 @@ class Engine:
         updates = []
         for place, row, token in zip(places, joining, tokens, strict=True):
             slots[place], row.started = row, started
-            updates.append(_extend(row, [token], limits))
+            updates.append(extend(row, [token], limits))
         return updates
 
-    def _collect(self, slots: list[_Row | None], plan: Plan, pending: Pending, limits: Limits) -> list[Update]:
+    def _collect(self, slots: list[Row | None], plan: Plan, pending: Pending, limits: Limits) -> list[Update]:
         """What a forward gave the rows that were running when it began and have not ended since."""
         gained = [
             (row, gain)
@@ -245,10 +244,24 @@ class Engine:
             self.planner.observe(plan, [gain for _, gain in gained])
         for row, gain in gained:
             row.length += len(gain.tokens)
-        return [_extend(row, gain.tokens, limits) for row, gain in gained]
+        return [extend(row, gain.tokens, limits) for row, gain in gained]
 
 
-def _running(slots: list[_Row | None]) -> list[_Row | None]:
+def new_row(
+    network: Network,
+    tokenizer: PreTrainedTokenizerBase | None,
+    index: int,
+    prompt: list[int],
+    limits: Limits,
+    streaming: bool,
+) -> Row:
+    """A row that has not begun. Raises TidarError if there is no room for it."""
+    stream = TextStream(tokenizer, limits.stop) if tokenizer is not None else None
+    room = room_for(network, prompt, limits.max_new_tokens, index)
+    return Row(Answer(index), stream, streaming or bool(limits.stop), room, len(prompt), 0.0)
+
+
+def _running(slots: list[Row | None]) -> list[Row | None]:
     """The slots without the rows that have ended."""
     return [row if row is not None and row.answer.finish_reason is None else None for row in slots]
 
@@ -267,8 +280,11 @@ def room_for(network: Network, prompt: list[int], most: int, row: int) -> int:
     return min(most, context - len(prompt))
 
 
-def _extend(row: _Row, tokens: list[int], limits: Limits) -> Update:
-    """Append a forward's tokens to a row's answer, up to what ends it."""
+def extend(row: Row, tokens: list[int], limits: Limits, gained: int | None = None) -> Update:
+    """Append a forward's tokens to a row's answer, up to what ends it.
+
+    `gained` is what the forward decided, where that is not the tokens that are ready to be appended.
+    """
     answer, stream = row.answer, row.stream
     tokens = tokens[: row.room - answer.new_tokens]
     if not limits.eos_ids.isdisjoint(tokens):
@@ -280,8 +296,8 @@ def _extend(row: _Row, tokens: list[int], limits: Limits) -> Update:
             answer.finish_reason = "stop"
     answer.forwards += 1
     answer.token_ids += tokens
-    if answer.forwards > 1:
-        answer.acceptance_lengths.append(len(tokens))
+    if gained is not None or answer.forwards > 1:
+        answer.acceptance_lengths.append(len(tokens) if gained is None else gained)
     if answer.finish_reason is None and answer.new_tokens >= row.room:
         answer.finish_reason = "length"
     if answer.finish_reason is not None:
@@ -289,7 +305,7 @@ def _extend(row: _Row, tokens: list[int], limits: Limits) -> Update:
     return Update(answer, tokens, _text(row) if stream is not None else "")
 
 
-def _text(row: _Row) -> str:
+def _text(row: Row) -> str:
     """New text of a row, also put into its answer; all of it at the end, if nobody follows it."""
     answer, stream = row.answer, row.stream
     assert stream is not None
@@ -304,7 +320,7 @@ def _text(row: _Row) -> str:
     return text
 
 
-def _compact(runner: Runner, state: State, slots: list[_Row | None]) -> list[_Row | None]:
+def _compact(runner: Runner, state: State, slots: list[Row | None]) -> list[Row | None]:
     """Halve the batch once half of its places are free: less often would waste forwards, more often copies."""
     alive = [slot for slot, row in enumerate(slots) if row is not None]
     size = runner.batch_for(len(alive))

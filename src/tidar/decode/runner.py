@@ -164,7 +164,7 @@ class GraphRunner(Runner):
             return held
         length = plan.draft_length if held is None else max(plan.draft_length, held.drafts.shape[1])
         rows, capacity = self._grown(rows, capacity)
-        self._forget()
+        self.forget()
         self.state = held = None  # its memory first
         self.state = State.empty(rows, capacity, length, self.network, sampled)
         step(self.network, self.state, replace(plan, draft_length=1))  # makes the cache's tensors
@@ -230,7 +230,8 @@ class GraphRunner(Runner):
         self.graphs.move_to_end(key)
         return self.graphs[key]
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Drop all graphs and the memory that they share."""
         torch.cuda.synchronize()  # the last run's last step may still be replaying
         self.graphs.clear()
         self.pool = torch.cuda.graph_pool_handle()
@@ -240,7 +241,7 @@ class GraphRunner(Runner):
         state = self.state.first(rows)
         tensors = [state.cache.lengths, *state.tensors()]
         kept = [tensor.clone() for tensor in tensors]
-        graph, result = self._record(
+        graph, result = self.record(
             lambda: step(self.network, state, plan).packed, f"a step of {plan.slots} slots x {rows} rows"
         )
         for tensor, value in zip(tensors, kept, strict=True):
@@ -261,9 +262,9 @@ class GraphRunner(Runner):
             state.put_rows(held[:, -1], joined)
             return joined.drafts[:, 0].clone()
 
-        return Captured(*self._record(admission, f"a prefill of {inputs.shape[1]} x {len(inputs)} tokens"), held)
+        return Captured(*self.record(admission, f"a prefill of {inputs.shape[1]} x {len(inputs)} tokens"), held)
 
-    def _record(self, work: Callable[[], Tensor], what: str) -> tuple[Graph, Tensor]:
+    def record(self, work: Callable[[], Tensor], what: str) -> tuple[Graph, Tensor]:
         """Run `work` once, then capture it: the graph and its result."""
         started = time.perf_counter()
         stream = torch.cuda.Stream()
@@ -312,16 +313,21 @@ def runner_for(network: Network) -> Runner:
 
     Whatever was built from the network's weights is built again if they have changed.
     """
-    if network.device.type in ("cpu", "cuda") and network.fused_from != network.state():
-        network.fused = network.runner = None
-        network.learned.clear()
-        fuse(network)
-        network.fused_from = network.state()
+    prepare_fused(network)
     if network.device.type != "cuda":
         return Runner(network)
     if not isinstance(network.runner, GraphRunner):
         network.runner = GraphRunner(network)
     return GraphRunner(network) if network.runner.busy else network.runner
+
+
+def prepare_fused(network: Network) -> None:
+    """Give the network its fused backbone, unless it has one of the weights as they are."""
+    if network.device.type in ("cpu", "cuda") and network.fused_from != network.state():
+        network.fused = network.runner = None
+        network.learned.clear()
+        fuse(network)
+        network.fused_from = network.state()
 
 
 def release(network: Network) -> None:
