@@ -142,7 +142,7 @@ class _Batch:
 
     def _prefill(self, jobs: list[Job], places: list[int]) -> list[int]:
         """Let jobs run in `places`; returns their first tokens."""
-        return self.runner.admit([job.prompt for job in jobs], [job.row for job in jobs], places, self.plan)
+        return self.runner.admit([job.prompt for job in jobs], [job.row for job in jobs], places, self.plan).tokens()
 
     def _forwards(self) -> Chunk:
         """A chunk of forwards, read back together."""

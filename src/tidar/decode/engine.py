@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -187,14 +188,16 @@ class Engine:
         limits: Limits,
     ) -> Iterator[list[Update]]:
         slots: list[Row | None] = [None] * runner.batch_for(most)
-        running = deque[tuple[list[Row | None], Plan, Pending]]()
+        running = deque[Callable[[], list[Update]]]()  # forwards that are under way: each waits for its own and says
         while waiting or any(slots):
             free = [slot for slot, row in enumerate(slots) if row is None]
             places = free[: most - (len(slots) - len(free))]  # the batch may be larger than was asked for
             if waiting and len(places) * REFILL >= most:
                 joining = [waiting.popleft() for _ in range(min(len(places), len(waiting)))]
                 slots = list(slots)  # a forward that is under way keeps its own
-                yield self._admit(runner, places, joining, slots, prompts, limits)
+                running.append(self._admit(runner, places, joining, slots, prompts, limits))
+                while len(running) > runner.lag:
+                    yield running.popleft()()
                 slots = _running(slots)
             elif not waiting:
                 slots = _compact(runner, state, slots)
@@ -202,10 +205,11 @@ class Engine:
                 runner.set_active([row is not None for row in slots])
                 longest = max(row.length for row in slots if row is not None)
                 plan = self.planner.choose(len(slots))
-                running.append((slots, plan, runner.step(plan, len(slots), longest)))
+                pending = runner.step(plan, len(slots), longest)
+                running.append(partial(self._collect, slots, plan, pending, limits))
             # A device that is a step ahead: a row that ends is noticed one forward late, and that one is not counted.
             while running and (len(running) > runner.lag or not any(slots)):
-                updates = self._collect(*running.popleft(), limits)
+                updates = running.popleft()()
                 slots = _running(slots)
                 if updates:
                     yield updates
@@ -221,17 +225,15 @@ class Engine:
         slots: list[Row | None],
         prompts: Sequence[list[int]],
         limits: Limits,
-    ) -> list[Update]:
-        """Prefill waiting rows into free places."""
+    ) -> Callable[[], list[Update]]:
+        """Prefill waiting rows into free places, which they take at once; returns what says their first tokens."""
         started = time.perf_counter()
         ids = [row.answer.row for row in joining]
         places = places[: len(joining)]
-        tokens = runner.admit([prompts[i] for i in ids], ids, places, self.planner.first(len(slots)))
-        updates = []
-        for place, row, token in zip(places, joining, tokens, strict=True):
+        admitted = runner.admit([prompts[i] for i in ids], ids, places, self.planner.first(len(slots)))
+        for place, row in zip(places, joining, strict=True):
             slots[place], row.started = row, started
-            updates.append(extend(row, [token], limits))
-        return updates
+        return lambda: [extend(row, [token], limits) for row, token in zip(joining, admitted.tokens(), strict=True)]
 
     def _collect(self, slots: list[Row | None], plan: Plan, pending: Pending, limits: Limits) -> list[Update]:
         """What a forward gave the rows that were running when it began and have not ended since."""

@@ -63,6 +63,16 @@ class Pending:
         return self.host
 
 
+class Admitted(NamedTuple):
+    """Prefills that are on their way, each [rows] first tokens."""
+
+    pieces: list[Pending]
+
+    def tokens(self) -> list[int]:
+        """Every row's first token; waits if it must."""
+        return [token for piece in self.pieces for token in piece.arrived().tolist()]
+
+
 class Gain(NamedTuple):
     """A row's share of a step: drafts that were judged, how many of them were certain, and the new tokens."""
 
@@ -101,13 +111,13 @@ class Runner:
             send(torch.tensor(active), self.state.active[: len(active)])
             self.active = list(active)
 
-    def admit(self, prompts: list[list[int]], rows: list[int], places: list[int], plan: Plan) -> list[int]:
-        """Prefill the prompts of job rows `rows` and let them run in `places`; returns their first tokens."""
+    def admit(self, prompts: list[list[int]], rows: list[int], places: list[int], plan: Plan) -> Admitted:
+        """Prefill the prompts of job rows `rows` and let them run in `places`."""
         assert self.state is not None
         joined = prefill(self.network, prompts, rows, plan)
         self.state.put_rows(torch.tensor(places, device=self.state.active.device), joined)
         self.active = []  # they are active on the device, whatever was said last
-        return joined.drafts[:, 0].tolist()
+        return Admitted([Pending(joined.drafts[:, 0])])
 
     def step(self, plan: Plan, rows: int, longest: int) -> Pending:
         """One forward over the first `rows` rows; `longest` is the largest of their lengths, known as nothing lags."""
@@ -195,7 +205,7 @@ class GraphRunner(Runner):
         return Pending(result)
 
     @torch.inference_mode()
-    def admit(self, prompts: list[list[int]], rows: list[int], places: list[int], plan: Plan) -> list[int]:
+    def admit(self, prompts: list[list[int]], rows: list[int], places: list[int], plan: Plan) -> Admitted:
         masks = plan.draft_length if plan.drafting else 0
         pieces = list(cut([len(prompt) + masks for prompt in prompts]))
         work = sum((piece.stop - piece.start) * slots for piece, slots in pieces) * 2 * self.weights
@@ -203,10 +213,9 @@ class GraphRunner(Runner):
             return super().admit(prompts, rows, places, plan)
         self.active = []
         plan = replace(plan, outcomes=None, alternatives=0)  # a prefill has one block, whatever the steps do
-        firsts = [
-            self._admit(prompts[piece], rows[piece], places[piece], plan, slots - masks) for piece, slots in pieces
-        ]
-        return [token for first in firsts for token in first.arrived().tolist()]
+        return Admitted(
+            [self._admit(prompts[piece], rows[piece], places[piece], plan, slots - masks) for piece, slots in pieces]
+        )
 
     def _admit(self, prompts: list[list[int]], rows: list[int], places: list[int], plan: Plan, width: int) -> Pending:
         """One graph's share: prompts padded to `width`."""
