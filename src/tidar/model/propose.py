@@ -19,6 +19,7 @@ from tidar.kernels.draft import (
 )
 from tidar.model.fused import FusedBackbone
 from tidar.model.network import Network
+from tidar.model.sampler_head import KIND
 from tidar.model.quantised import stored_weight
 from tidar.sampling import DraftProbs, SamplingParams, draw
 
@@ -112,7 +113,7 @@ def _kernels(network: Network) -> bool:
 def _walk(network: Network) -> Walk | None:
     """The sampler head as kernels, kept with the fused backbone; None where the loop above is all there is."""
     fused = network.fused
-    if not _kernels(network) or network.vocabulary <= CANDIDATES:
+    if KIND != "recurrent" or not _kernels(network) or network.vocabulary <= CANDIDATES:
         return None
     assert isinstance(fused, FusedBackbone)
     if fused.walk is None:

@@ -14,9 +14,15 @@ training d_{m-1} is the true token: a draft only counts while all drafts before 
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+KIND = os.environ.get("TIDAR_HEAD", "recurrent")
+"""Experiment: "recurrent", "stateless" or "markov"."""
 
 
 class SamplerHead(nn.Module):
@@ -36,10 +42,17 @@ class SamplerHead(nn.Module):
 
     def inputs(self, hidden: Tensor, embedded: Tensor) -> Tensor:
         """What the cell takes from mask state [..., H] and previous token's embedding [..., H]: [..., 2 * width]."""
+        if KIND == "markov":  # a low-rank bias by the previous token alone
+            return _linear(self.token_in, _norm(embedded))
         return _linear(self.hidden_in, _norm(hidden)) + _linear(self.token_in, _norm(embedded))
 
     def advance(self, state: Tensor, inputs: Tensor) -> Tensor:
         """s_m, float32, from s_{m-1} [..., H] and `inputs` of position m."""
+        if KIND == "markov":
+            return _linear(self.out, inputs[..., : self.width]).float()
+        if KIND == "stateless":  # mask state and previous token, as Apple MTP's
+            gate, value = inputs.chunk(2, -1)
+            return _linear(self.out, F.silu(gate) * value).float()
         gate, value = (inputs + _linear(self.state_in, _norm(state).to(inputs.dtype))).chunk(2, -1)
         return state + _linear(self.out, F.silu(gate) * value).float()
 
