@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tidar.decode.costs import Costs
 from tidar.decode.engine import Engine, Limits
 from tidar.decode.planner import (
+    FIRST_LOOK,
     LOOK,
     LOOK_AGAIN,
     LOOK_AGAIN_MOST,
@@ -125,6 +126,7 @@ def plan_of(shape: tuple[int, ...]) -> Plan:
 def planner_with(costs: dict[tuple[int, ...], float]) -> AutoPlanner:
     planner = AutoPlanner(SamplingParams())
     planner.costs = {1: [(plan_of(shape), cost) for shape, cost in costs.items()]}
+    planner.acceptance.seen = True  # the guesses are what was observed
     return planner
 
 
@@ -161,6 +163,15 @@ def test_plain_decoding_where_drafts_do_not_pay_with_rarer_and_rarer_looks(cost)
     total = sum(count for _, count in wanted)
     assert looks([planner.choose(1) for _ in range(total)]) == wanted
     assert ((False, LOOK_AGAIN_MOST) in wanted) == (cost < 10)
+
+
+def test_the_first_look_comes_soon():
+    planner = planner_with({(1, 0): 1.0, (8, 8): 4.0})
+    planner.acceptance.seen = False
+    assert looks([planner.choose(1) for _ in range(FIRST_LOOK + LOOK)]) == [(False, FIRST_LOOK), (True, LOOK)]
+    planner.observe(plan_of((8, 8)), [Gain(8, 1, [0])])
+    assert planner.acceptance.seen
+    assert not any(planner.choose(1).drafting for _ in range(LOOK_AGAIN))
 
 
 def test_looks_lose_no_more_than_their_share():

@@ -48,8 +48,10 @@ until others take them or the batch is halved, and prefills come one by one. Pla
 other. On an H200 a promise of 1.2 was worth 0.8 to 1.0 at batch 16 and 64."""
 LOOK_AGAIN, LOOK_AGAIN_MOST = 64, 1024
 """Plain steps before the first look at whether drafting pays after all; twice as many after each look that says no."""
-LOOK_SHARE = 0.01
+LOOK_SHARE = 0.02
 """Share of the time that looks may lose, by what is known: the dearer one is, the longer until it comes."""
+FIRST_LOOK = 8
+"""Plain steps before the first look of all, while acceptance is a guess and nothing is known."""
 MOST_LEARNED = 64
 """Sampling parameters whose acceptance is kept; a server may be asked for any number of temperatures."""
 LOOK = 4
@@ -113,6 +115,7 @@ class Acceptance:
         self.tried = [PRIOR_WEIGHT] * (draft_length - 1)
         self.stood = [PRIOR_WEIGHT * PRIOR] * (draft_length - 1)
         self.awaited = self.hit = PRIOR_WEIGHT
+        self.seen = False  # any draft at all
         self._next = 0.0
 
     def observe(self, plan: Plan, gains: Sequence[Gain]) -> None:
@@ -128,6 +131,7 @@ class Acceptance:
             if draft == 0:
                 tried, stood = tried - certain, stood - certain
             if tried:
+                self.seen = True
                 self.tried[draft] = self.tried[draft] * MEMORY + tried
                 self.stood[draft] = self.stood[draft] * MEMORY + stood
         if self._next:  # a hit shows in the forward after it
@@ -285,6 +289,8 @@ class AutoPlanner:
         best = max((plan for plan in rates if plan.drafting), key=lambda plan: rates[plan], default=None)
         if best is None:
             return None, LOOK_AGAIN_MOST
+        if not self.acceptance.seen:
+            return best, FIRST_LOOK - self._pause.since
         gained = 1 + (LOOK - 1) * rates[best] * seconds[best]
         lost = LOOK * seconds[best] / seconds[plain] - gained  # in plain forwards
         return best, max(self._pause.patience, math.ceil(lost / LOOK_SHARE)) - self._pause.since
