@@ -190,6 +190,7 @@ class AutoPlanner:
         self.longest = max((self._plan_of(shape) for shape in SHAPES_CUDA), key=lambda plan: plan.slots)
         self.learned = Learned(self.longest.draft_length)
         self.costs: dict[int, list[tuple[Plan, float]]] = {}
+        self.captures = False  # whether forwards are CUDA graphs
         self._plan = self._running = Plan(1, params)  # what to do now, and what was chosen: they differ in a look
         self._size = self._left = self._age = 0  # batch size of the choice, forwards until the next, forwards so far
 
@@ -204,7 +205,8 @@ class AutoPlanner:
         self.learned = kept.setdefault(key, Learned(self.longest.draft_length))
         self.acceptance.relax()
         measured = Costs(runner, self.remeasure)
-        shapes = SHAPES_CUDA if runner.network.device.type == "cuda" else SHAPES
+        self.captures = runner.network.device.type == "cuda"
+        shapes = SHAPES_CUDA if self.captures else SHAPES
         plans = [self._plan_of(shape) for shape in shapes]
         size = 1
         while size < 2 * rows:
@@ -226,8 +228,9 @@ class AutoPlanner:
     def first(self, rows: int) -> Plan:
         size = power_of_two(rows)
         running = self._plan if size == self._size else self.best(size)
-        # Always as many drafts: every other number would be another graph for each size of a prefill.
-        return Plan(self.longest.draft_length if running.drafting else 1, self.params)
+        # Where prefills are captured, always as many drafts: other numbers are other graphs for each size of a prefill.
+        drafts = self.longest.draft_length if self.captures and running.drafting else running.draft_length
+        return Plan(drafts, self.params)
 
     def choose(self, rows: int) -> Plan:
         size = power_of_two(rows)
