@@ -566,7 +566,11 @@ def test_the_command_measures_writes_and_renders_again(run, models, tmp_path):
         (["--prompts", "a={tmp}/rows.jsonl", "--methods", "{tmp}/none.yaml"], "cannot read"),
         (["--render", "{tmp}/none.json"], "cannot read"),
         (["--render", "{tmp}/rows.jsonl"], "no result of `tidar compare`"),
-        (["--render", "{tmp}/rows.jsonl", "--method", "ar"], "leave --prompts"),
+        (["--render", "{tmp}/rows.jsonl", "--method", "ar"], "leave --method out"),
+        (
+            ["--render", "{tmp}/rows.jsonl", "--seed", "0", "--max-new-tokens", "9"],
+            "leave --seed, --max-new-tokens out",
+        ),
         (["--render", "{tmp}/rows.jsonl", "--scores", "{tmp}/rows.jsonl"], "is not METHOD=RESULT.json"),
         (["--render", "{tmp}/rows.jsonl", "--scores", "ar={tmp}/rows.jsonl"], "is no result of `tidar evaluate`"),
         (["--render", "{tmp}/rows.jsonl", "--scores", "ar={tmp}/none.json"], "cannot read"),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from transformers.utils import logging as hf_logging
-from typer import Option
+from typer import Context, Option
 
 from tidar.cli import files
 from tidar.cli import options as o
@@ -23,9 +23,12 @@ from tidar.evaluate.methods import Method, Settings, parse_method, read_methods
 from tidar.evaluate.report import to_html, to_markdown
 
 ENDINGS = (".json", ".md", ".html")
+RENDERING = ("render", "out", "baseline", "scores")
+"""Options that a report is made by; the others are of the run."""
 
 
 def compare(
+    context: Context,
     prompts: Annotated[list[str] | None, Option(help="NAME=FILE.jsonl[:FIRST_N] (repeatable).")] = None,
     method: Annotated[
         list[str] | None,
@@ -57,10 +60,10 @@ def compare(
     """Compare methods on the same prompts, one prompt at a time, and write a report."""
     graded = dict(map(read_scores, scores or []))
     if render is not None:
-        if prompts or method or methods:
-            raise TidarError(
-                "--render makes a report of what was measured: leave --prompts, --method and --methods out"
-            )
+        sources = {name: context.get_parameter_source(name) for name in context.params}
+        given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+        if idle := [f"--{name.replace('_', '-')}" for name in given if name not in RENDERING]:
+            raise TidarError(f"--render makes a report of what was measured: leave {', '.join(idle)} out")
         write_report(_read_json(render), out, baseline, graded)
         return
     named = [parse_method(text) for text in method or []] + (read_methods(methods) if methods is not None else [])
