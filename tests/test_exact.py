@@ -310,7 +310,7 @@ def test_stop_string_inside_a_block_ends_the_answer(tmp_path, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder(tmp_path))
     prompt, continuation = PROMPTS[2], continuations("llama")[2]
     model, propose = TidarModel(network_of("llama"), tokenizer), proposer("oracle", "llama", 8)
-    monkeypatch.setattr(model, "plan", lambda mode, length, params, *options: Plan(8, params, propose=propose))
+    monkeypatch.setattr(model, "plan", lambda mode, params, **options: Plan(8, params, propose=propose))
     text, stop = tokenizer.decode(continuation[:13]), tokenizer.decode(continuation[11:13])
     answer = model.generate(tokenizer.decode(prompt), raw=True, stop=["never there", stop], max_new_tokens=60)
     assert answer.token_ids == continuation[:13]

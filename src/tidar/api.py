@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -102,17 +102,14 @@ class TidarModel:
         return Plan(length, params, outcomes, alternatives or 0)
 
     def engine(
-        self,
-        mode: Mode = "tidar",
-        draft_length: int | None = None,
-        params: SamplingParams | None = None,
-        outcomes: int | None = None,
-        plan: Literal["auto", "fixed"] = "auto",
-        remeasure: bool = False,
-        alternatives: int | None = None,
-        decoder: str | None = None,
+        self, mode: Mode = "tidar", params: SamplingParams | None = None, decoder: str | None = None, **planning: Any
     ) -> Engine | BlockDiffusion:
-        """What decodes in a mode; arguments as of `plan`, and block diffusion's `decoder` (see `stream`).
+        """What decodes in a mode.
+
+        Args:
+            mode, params: as of `plan`.
+            decoder: block diffusion's, see `stream`.
+            **planning: the other arguments of `plan`.
 
         Raises:
             TidarError: for options that cannot be honoured.
@@ -122,9 +119,8 @@ class TidarModel:
                 raise TidarError(
                     f"decoder is {decoder!r}, but mode {mode!r} has none: it is an option of 'block-diffusion'"
                 )
-            planned = self.plan(mode, draft_length, params, outcomes, plan, remeasure, alternatives)
-            return Engine(self.network, planned, self.tokenizer)
-        if any(value is not None for value in (draft_length, outcomes, alternatives)):
+            return Engine(self.network, self.plan(mode, params=params, **planning), self.tokenizer)
+        if any(planning.get(name) is not None for name in ("draft_length", "outcomes", "alternatives")):
             raise TidarError(
                 "draft length, outcomes and alternatives are options of mode 'tidar': block diffusion decodes "
                 "blocks of the size that it was trained with, without drafts"
@@ -221,7 +217,16 @@ class TidarModel:
         if isinstance(stop, str) or not all(stop):
             raise TidarError("stop must be a list of texts, none of them empty")
         params = SamplingParams(temperature, top_k, top_p, min_p, seed, trust)
-        engine = self.engine(mode, draft_length, params, outcomes, plan, remeasure, alternatives, decoder)
+        engine = self.engine(
+            mode,
+            params,
+            decoder,
+            draft_length=draft_length,
+            outcomes=outcomes,
+            alternatives=alternatives,
+            plan=plan,
+            remeasure=remeasure,
+        )
 
         def encode(prompt: Prompt) -> list[int]:
             ids, context = encode_prompt(tokenizer, prompt, raw), self.network.max_positions

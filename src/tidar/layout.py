@@ -71,6 +71,11 @@ class Layout:
         """[B, N] position ids: the prefix, then depth in the tree (masks stand at anchor + 1 .. anchor + K)."""
         return self.depth + self.prefix[:, None]
 
+    @property
+    def masked(self) -> slice:
+        """The tokens whose attention, in a forward without a cache, needs a mask: clean tokens in one chain do not."""
+        return slice(self.clean if self.one_chain else 0, self.size)
+
     def block(self, index: int) -> slice:
         """Slice of block `index` along the token axis."""
         start = self.clean + index * self.block_size

@@ -161,7 +161,9 @@ class Engine:
         Raises:
             TidarError: for an empty prompt or one that leaves no room in the model's context, before anything runs.
         """
-        waiting = deque(self._row(i, prompt, limits, streaming) for i, prompt in enumerate(prompts))
+        waiting = deque(
+            new_row(self.network, self.tokenizer, i, prompt, limits, streaming) for i, prompt in enumerate(prompts)
+        )
         most = min(batch_size or len(prompts), len(prompts))
         if not most:
             return
@@ -213,9 +215,6 @@ class Engine:
                 slots = _running(slots)
                 if updates:
                     yield updates
-
-    def _row(self, index: int, prompt: list[int], limits: Limits, streaming: bool) -> Row:
-        return new_row(self.network, self.tokenizer, index, prompt, limits, streaming)
 
     def _admit(
         self,

@@ -45,7 +45,7 @@ have errors, and a plan that is new to a batch size has its graph captured first
 UNEVEN = 1.25
 """What drafting must promise more where there are several rows: they end at different times then, so places stay empty
 until others take them or the batch is halved, and prefills come one by one. Plainly decoded rows keep pace with each
-other. On an H200 a promise of 1.2 was worth 0.8 to 1.0 at batch 16 and 64."""
+other. On an H200 promises above 1.2 were worth 0.8 to 1.2 at batch 16 and 64."""
 LOOK_AGAIN, LOOK_AGAIN_MOST = 64, 1024
 """Plain steps before the first look at whether drafting pays after all; twice as many after each look that says no."""
 LOOK_SHARE = 0.02
@@ -250,7 +250,9 @@ class AutoPlanner:
 
     def best(self, rows: int) -> Plan:
         """The plan with the most expected tokens per second for a batch of `rows`; the running one, if hardly worse."""
-        rates = self._rates(rows)
+        return self._best(rows, self._rates(rows))
+
+    def _best(self, rows: int, rates: dict[Plan, float]) -> Plan:
         plain = next(plan for plan in rates if not plan.drafting)
         best, running = max(rates, key=lambda plan: rates[plan]), self._running
         least = rates[plain] * (UNEVEN if rows > 1 else 1)
@@ -270,7 +272,7 @@ class AutoPlanner:
         if self._plan != self._running:
             self._pause.patience = min(2 * self._pause.patience, LOOK_AGAIN_MOST)
         elif not self._running.drafting:
-            look, wait = self._next_look()
+            look, wait = self._next_look(self._rates(self._size))
             if look is not None and wait <= 0:
                 self._plan, self._left, self._pause.since = look, LOOK, 0
                 return
@@ -278,16 +280,17 @@ class AutoPlanner:
 
     def _settle(self) -> None:
         """Choose a plan, and for how many forwards."""
-        self._plan = self._running = self.best(self._size)
+        rates = self._rates(self._size)
+        self._plan = self._running = self._best(self._size, rates)
         if self._running.drafting:
             self.learned.pauses.pop(self._size, None)
             self._left = min(max(self._age, 4), THINK_AGAIN)
         else:
-            self._left = max(1, self._next_look()[1])
+            self._left = max(1, self._next_look(rates)[1])
 
-    def _next_look(self) -> tuple[Plan | None, int]:
+    def _next_look(self, rates: dict[Plan, float]) -> tuple[Plan | None, int]:
         """What to look at after plain decoding (None if nothing can pay), and how many more plain forwards before."""
-        seconds, rates = dict(self.costs[self._size]), self._rates(self._size)
+        seconds = dict(self.costs[self._size])
         plain = next(plan for plan in rates if not plan.drafting)
         best = max((plan for plan in rates if plan.drafting), key=lambda plan: rates[plan], default=None)
         if best is None:

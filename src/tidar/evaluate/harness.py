@@ -148,12 +148,12 @@ class TidarLM(HFLM):
         how = self._decoding
         return self._tidar.engine(
             how.mode,
-            how.draft_length,
             how.params,
-            how.outcomes,
-            how.plan,
+            how.decoder,
+            draft_length=how.draft_length,
+            outcomes=how.outcomes,
             alternatives=how.alternatives,
-            decoder=how.decoder,
+            plan=how.plan,
         )
 
     def _loglikelihood_tokens(

@@ -58,8 +58,8 @@ def attention(
 ) -> tuple[Tensor, None]:
     """Attention of query [B, H, N, D] over key and value [B, H_kv, S, D]; returns ([B, N, H, D], None).
 
-    A mask may have fewer rows than there are queries: the ones before are a chain, causal among themselves. Kernels for
-    that are twice as fast as FlexAttention, and have no mask to read.
+    A mask may have fewer rows than there are queries: the ones before are a chain, causal among themselves, for which
+    there are faster kernels than FlexAttention's.
     """
     if _halves.running == "clean":
         module.clean_key, module.clean_value = key, value

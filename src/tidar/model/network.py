@@ -146,8 +146,8 @@ class Network(nn.Module):
             ids: [B, layout.clean] token ids.
             layout: positions and visibility; its mask blocks are appended to the clean tokens.
             cache: KV cache whose slots `[prefix, prefix + N)` take this forward's keys (see decode/cache.py).
-            mask: the layout's mask where the caller has it in another form (without the rows of clean tokens, if they
-                are one chain); dense by default.
+            mask: the layout's mask of the tokens that need one (see `Layout.masked`), or of all, where the caller has
+                it in another form; dense by default.
             fused: take the fused backbone, if there is one and it does so many tokens well; needs a row cache.
             block_ids: [B, blocks * K] the tokens that blocks show, `MASKED` for a mask; all masks by default.
 
@@ -162,10 +162,8 @@ class Network(nn.Module):
             return self.fused(embedded, layout, position, cache)
         if mask is None and cache is not None:
             mask = layout.dense_mask(cache.width)  # type: ignore[attr-defined]
-        elif mask is None and not layout.one_chain:
-            mask = layout.dense_mask()
-        elif mask is None and layout.blocks:
-            mask = layout.dense_mask()[:, :, layout.clean :]
+        elif mask is None and layout.masked.start < layout.size:
+            mask = layout.dense_mask()[:, :, layout.masked]
         with self._gate(layout.clean):
             return self._run(embedded, mask, position, cache)
 

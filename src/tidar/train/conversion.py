@@ -130,16 +130,15 @@ class Conversion(nn.Module):
     def block_mask(self, layout: Layout, batch: dict[str, Tensor]) -> BlockMask | None:
         """The layout's mask for FlexAttention; made once where it is the same for all batches of a shape.
 
-        Without the rows of clean tokens that are one chain, and None where nothing else is there.
+        Only of the tokens that need one; None if none does.
         """
-        if layout.one_chain and not layout.blocks:
+        if layout.masked.start == layout.size:
             return None
-        tokens = slice(layout.clean, None) if layout.one_chain else slice(None)
         if "anchors" in batch or "documents" in batch:
-            return layout.block_mask(tokens)
+            return layout.block_mask(layout.masked)
         shape = len(layout.anchors), layout.size
         if shape not in self.constant_masks:
-            self.constant_masks[shape] = layout.block_mask(tokens)
+            self.constant_masks[shape] = layout.block_mask(layout.masked)
         return self.constant_masks[shape]
 
     def targets(self, layout: Layout, batch: dict[str, Tensor]) -> Targets:

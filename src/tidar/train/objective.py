@@ -302,7 +302,7 @@ def cross_entropy_sum(
     if liger is not None:
         dtype = _compute_dtype(states)
         bias = None if head.bias is None else head.bias.to(dtype)
-        # Its own chunks are so short that adding up the head's gradient took a quarter of a step at 1.5B.
+        # Its own chunks are so short that adding up the head's gradient took 45 of 170 ms at 1.5B.
         room = max(1, LOGITS // states.numel())
         wanted = torch.where(counted, labels, IGNORED)
         return liger(states.to(dtype), head.weight.to(dtype), wanted, bias, chunk_mem_const=room)
