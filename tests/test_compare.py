@@ -630,8 +630,9 @@ def test_a_trained_block_diffusion_folder_is_compared(folder, data, tmp_path):
     assert "block-diffusion out left-to-right" in to_html(analyse(result))
 
 
-def test_the_recipe_names_every_baseline():
-    methods = read_methods(Path(__file__).parent.parent / "recipes" / "compare" / "smollm2-135m.yaml")
+def test_the_recipes_name_every_baseline():
+    recipes = Path(__file__).parent.parent / "recipes" / "compare"
+    methods = [m for name in ("smollm2-135m", "peers") for m in read_methods(recipes / f"{name}.yaml")]
     assert {m.kind for m in methods} == set(KINDS)
     decoders = {m.options["decoder"] for m in methods if m.kind == "block-diffusion"}
     assert decoders == {"max-confidence", "left-to-right", "fixed-2", *(f"confidence>0.{n}" for n in (9, 8, 7, 6))}
