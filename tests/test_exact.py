@@ -437,7 +437,7 @@ def test_sampling_is_exact_where_plans_change_and_leaves_are_pruned_too():
     class Changing(Fixed):
         turn = 0
 
-        def choose(self, rows):
+        def choose(self, rows, last=False):
             self.turn += 1
             return plans[self.turn % len(plans)]
 
@@ -453,3 +453,25 @@ def test_sampling_is_exact_where_plans_change_and_leaves_are_pruned_too():
 def test_mixed_trust_has_no_leaves():
     assert Plan(4, alternatives=5).leaves
     assert not Plan(4, SamplingParams(trust=0.5), alternatives=5).leaves
+
+
+def test_a_dear_prefill_waits_until_it_fills_more_places(monkeypatch):
+    """Rows end one after the other; no answer changes, and every prompt has its turn."""
+    prompts, admitted = [PROMPTS[i % len(PROMPTS)] for i in range(24)], list[int]()
+    wanted = [continuations("llama")[i % len(PROMPTS)][:20] for i in range(24)]
+    real = Runner.admit
+
+    def admit(self, prompts, *rest):
+        admitted.append(len(prompts))
+        return real(self, prompts, *rest)
+
+    monkeypatch.setattr(Runner, "admit", admit)
+    prefills = []
+    for cost in (0.0, 2.0):
+        monkeypatch.setattr(Runner, "prefill_forwards", cost)
+        admitted.clear()
+        assert tokens(decode(network_of("llama"), prompts, 4, 20, batch_size=8)) == wanted
+        assert admitted[0] == 8
+        assert sum(admitted) == 24
+        prefills.append(len(admitted))
+    assert prefills[1] < prefills[0]

@@ -26,6 +26,7 @@ from tidar.decode.planner import (
     Acceptance,
     AutoPlanner,
     expected_tokens,
+    margin,
 )
 from tidar.decode.runner import Gain, Runner
 from tidar.decode.step import Plan, choose_leaves
@@ -291,6 +292,22 @@ def test_rows_that_end_at_different_times_must_be_worth_it():
             assert planner.best(rows).drafting == (alone if rows == 1 else together)
 
 
+def test_once_nothing_waits_drafting_must_be_worth_the_slowest_row():
+    """With the same promise: in the first forward without a prompt that waits, at once, and back again."""
+    rate, rows = 0.5, 64
+    shape = (8, 8, 0)
+    gain = expected_tokens([rate] * 15, [shape])[0]
+    between = (margin(rows, False) + margin(rows, True)) / 2
+    planner = planner_with({})
+    planner.acceptance.stood = [rate * tried for tried in planner.acceptance.tried]
+    planner.costs = {rows: [(plan_of((1, 0, 0)), 1.0), (plan_of(shape), gain / (MARGIN * between))]}
+    chosen = [planner.choose(rows, last).drafting for last in (False, True, True, False)]
+    assert chosen == [True, False, False, True]
+    assert planner.first(rows, True).drafting is False
+    assert planner.first(rows, False).drafting is True
+    assert margin(1, True) == margin(1, False) == 1
+
+
 def test_another_batch_size_is_another_choice():
     planner = planner_with({(1, 0): 1.0, (8, 8): 1.1})
     planner.costs[2] = [(plan, 100.0 if plan.drafting else 1.0) for plan, _ in planner.costs[1]]
@@ -355,10 +372,10 @@ def test_greedy_output_does_not_depend_on_the_plan_of_any_step(shapes, arch):
         def prepare(self, runner, rows):
             pass
 
-        def first(self, rows):
+        def first(self, rows, last=False):
             return plan_of(next(self.shapes))
 
-        def choose(self, rows):
+        def choose(self, rows, last=False):
             return plan_of(next(self.shapes))
 
         def observe(self, plan, gains):

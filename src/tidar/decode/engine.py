@@ -19,8 +19,6 @@ from tidar.errors import TidarError
 from tidar.model.network import Network
 
 FinishReason = Literal["stop", "length"]
-REFILL = 8
-"""Waiting prompts join once 1/8 of the batch is free: a prefill for every single row would cost more than it fills."""
 
 
 class Limits(NamedTuple):
@@ -97,11 +95,14 @@ class Planner(Protocol):
         """Called before a run over batches of up to `rows` rows; may use the runner, whose state has room for them."""
         ...
 
-    def first(self, rows: int) -> Plan:
-        """Plan of a prefill into a batch of `rows` rows: its draft length is what counts."""
+    def first(self, rows: int, last: bool = False) -> Plan:
+        """Plan of a prefill into a batch of `rows` rows: its draft length is what counts.
+
+        last: whether no prompt waits for the places of rows that will end.
+        """
         ...
 
-    def choose(self, rows: int) -> Plan:
+    def choose(self, rows: int, last: bool = False) -> Plan:
         """Plan of the next forward over a batch of `rows` rows."""
         ...
 
@@ -119,10 +120,10 @@ class Fixed:
     def prepare(self, runner: Runner, rows: int) -> None:
         """Nothing to prepare."""
 
-    def first(self, rows: int) -> Plan:
+    def first(self, rows: int, last: bool = False) -> Plan:
         return self.longest
 
-    def choose(self, rows: int) -> Plan:
+    def choose(self, rows: int, last: bool = False) -> Plan:
         return self.longest
 
     def observe(self, plan: Plan, gains: Sequence[Gain]) -> None:
@@ -191,13 +192,16 @@ class Engine:
     ) -> Iterator[list[Update]]:
         slots: list[Row | None] = [None] * runner.batch_for(most)
         running = deque[Callable[[], list[Update]]]()  # forwards that are under way: each waits for its own and says
+        idle = 0  # places that were free in each forward since the last prefill, while prompts waited
         while waiting or any(slots):
             free = [slot for slot, row in enumerate(slots) if row is None]
             places = free[: most - (len(slots) - len(free))]  # the batch may be larger than was asked for
-            if waiting and len(places) * REFILL >= most:
-                joining = [waiting.popleft() for _ in range(min(len(places), len(waiting)))]
+            idle += len(places) if waiting else 0
+            # Not before waiting has cost as much as a prefill: one for every single row would cost more than it fills.
+            if waiting and (idle > most * runner.prefill_forwards or not any(slots)):
+                joining, idle = [waiting.popleft() for _ in range(min(len(places), len(waiting)))], 0
                 slots = list(slots)  # a forward that is under way keeps its own
-                running.append(self._admit(runner, places, joining, slots, prompts, limits))
+                running.append(self._admit(runner, places, joining, slots, prompts, limits, not waiting))
                 while len(running) > runner.lag:
                     yield running.popleft()()
                 slots = _running(slots)
@@ -206,7 +210,7 @@ class Engine:
             if any(slots):
                 runner.set_active([row is not None for row in slots])
                 longest = max(row.length for row in slots if row is not None)
-                plan = self.planner.choose(len(slots))
+                plan = self.planner.choose(len(slots), not waiting)
                 pending = runner.step(plan, len(slots), longest)
                 running.append(partial(self._collect, slots, plan, pending, limits))
             # A device that is a step ahead: a row that ends is noticed one forward late, and that one is not counted.
@@ -224,12 +228,13 @@ class Engine:
         slots: list[Row | None],
         prompts: Sequence[list[int]],
         limits: Limits,
+        last: bool,
     ) -> Callable[[], list[Update]]:
         """Prefill waiting rows into free places, which they take at once; returns what says their first tokens."""
         started = time.perf_counter()
         ids = [row.answer.row for row in joining]
         places = places[: len(joining)]
-        admitted = runner.admit([prompts[i] for i in ids], ids, places, self.planner.first(len(slots)))
+        admitted = runner.admit([prompts[i] for i in ids], ids, places, self.planner.first(len(slots), last))
         for place, row in zip(places, joining, strict=True):
             slots[place], row.started = row, started
         return lambda: [extend(row, [token], limits) for row, token in zip(joining, admitted.tokens(), strict=True)]

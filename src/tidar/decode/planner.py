@@ -46,6 +46,10 @@ UNEVEN = 1.25
 """What drafting must promise more where there are several rows: they end at different times then, so places stay empty
 until others take them or the batch is halved, and prefills come one by one. Plainly decoded rows keep pace with each
 other. On an H200 promises above 1.2 were worth 0.8 to 1.2 at batch 16 and 64."""
+LAST = 0.06
+"""What it must promise beyond that for each doubling of the batch, once nothing waits for the places of rows that end:
+the job then takes as long as its slowest row, which is the further from the mean the more rows there are. On an H200
+the slowest of 64 rows took 1.3 to 1.8 times the forwards of their mean."""
 LOOK_AGAIN, LOOK_AGAIN_MOST = 64, 1024
 """Plain steps before the first look at whether drafting pays after all; twice as many after each look that says no."""
 LOOK_SHARE = 0.02
@@ -95,6 +99,13 @@ def expected_tokens(
     each = np.linalg.matrix_power(moves.numpy(), 64)[:, 0]  # from d = 1
     share = (each + np.einsum("si,sij->sj", each, moves.numpy())) / 2  # both phases, should it swing between two
     return (share @ (probabilities * accepted).sum(1).numpy()).tolist()
+
+
+def margin(rows: int, last: bool) -> float:
+    """What drafting must promise, in tokens per second of plain decoding, to be worth it in a batch of `rows` rows."""
+    if rows == 1:
+        return 1.0
+    return UNEVEN + (LAST * math.log2(rows) if last else 0)
 
 
 def _hit_rates(shape: tuple[int, int, int], longest: int, hits: Sequence[float]) -> np.ndarray:
@@ -192,7 +203,8 @@ class AutoPlanner:
         self.costs: dict[int, list[tuple[Plan, float]]] = {}
         self.captures = False  # whether forwards are CUDA graphs
         self._plan = self._running = Plan(1, params)  # what to do now, and what was chosen: they differ in a look
-        self._size = self._left = self._age = 0  # batch size of the choice, forwards until the next, forwards so far
+        self._size, self._last = 0, False  # batch size of the choice, and whether nothing waits for places in it
+        self._left = self._age = 0  # forwards until the next choice, forwards so far
 
     @property
     def acceptance(self) -> Acceptance:
@@ -225,17 +237,17 @@ class AutoPlanner:
     def observe(self, plan: Plan, gains: Sequence[Gain]) -> None:
         self.acceptance.observe(plan, gains)
 
-    def first(self, rows: int) -> Plan:
+    def first(self, rows: int, last: bool = False) -> Plan:
         size = power_of_two(rows)
-        running = self._plan if size == self._size else self.best(size)
+        running = self._plan if (size, last) == (self._size, self._last) else self.best(size, last)
         # Where prefills are captured, always as many drafts: other numbers are other graphs for each size of a prefill.
         drafts = self.longest.draft_length if self.captures and running.drafting else running.draft_length
         return Plan(drafts, self.params)
 
-    def choose(self, rows: int) -> Plan:
+    def choose(self, rows: int, last: bool = False) -> Plan:
         size = power_of_two(rows)
-        if size != self._size:
-            self._size = size
+        if (size, last) != (self._size, self._last):
+            self._size, self._last = size, last
             self._settle()
         elif not self._left:
             self._turn()
@@ -248,14 +260,14 @@ class AutoPlanner:
     def _pause(self) -> Pause:
         return self.learned.pauses[self._size]
 
-    def best(self, rows: int) -> Plan:
+    def best(self, rows: int, last: bool = False) -> Plan:
         """The plan with the most expected tokens per second for a batch of `rows`; the running one, if hardly worse."""
-        return self._best(rows, self._rates(rows))
+        return self._best(rows, last, self._rates(rows))
 
-    def _best(self, rows: int, rates: dict[Plan, float]) -> Plan:
+    def _best(self, rows: int, last: bool, rates: dict[Plan, float]) -> Plan:
         plain = next(plan for plan in rates if not plan.drafting)
         best, running = max(rates, key=lambda plan: rates[plan]), self._running
-        least = rates[plain] * (UNEVEN if rows > 1 else 1)
+        least = rates[plain] * margin(rows, last)
         if running.drafting and least < rates.get(running, 0.0) >= rates[best] / MARGIN:
             return running
         return best if rates[best] > MARGIN * least else plain
@@ -281,7 +293,7 @@ class AutoPlanner:
     def _settle(self) -> None:
         """Choose a plan, and for how many forwards."""
         rates = self._rates(self._size)
-        self._plan = self._running = self._best(self._size, rates)
+        self._plan = self._running = self._best(self._size, self._last, rates)
         if self._running.drafting:
             self.learned.pauses.pop(self._size, None)
             self._left = min(max(self._age, 4), THINK_AGAIN)
