@@ -9,7 +9,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize(("page", "script"), [("speed", "make_speed"), ("ablations", "make_training"), ("baselines", "make_baselines")])
+@pytest.mark.parametrize(
+    ("page", "script"), [("speed", "make_speed"), ("ablations", "make_training"), ("baselines", "make_baselines")]
+)
 def test_a_page_is_what_its_script_makes(page, script, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "docs")
     render, makers = importlib.import_module("pages").render, importlib.import_module(script).MAKERS
