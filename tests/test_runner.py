@@ -41,8 +41,8 @@ class Replayed(GraphRunner):
 class Copied(module.Pending):
     """As on a GPU, the next replay does not change it."""
 
-    def __init__(self, packed: torch.Tensor) -> None:
-        super().__init__(packed.clone())
+    def __init__(self, packed: torch.Tensor, *others: object) -> None:
+        super().__init__(packed.clone(), *others)
 
 
 @pytest.fixture(autouse=True)
