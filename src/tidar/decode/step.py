@@ -200,10 +200,19 @@ class State:
 
     @torch.inference_mode()
     def put_rows(self, rows: Tensor, other: State) -> None:
-        """Put the rows of `other` in the places `rows` [n]."""
+        """Put the rows of `other` in the places `rows` [n]. Greedy rows may join sampled ones."""
         self.cache.put_rows(rows, other.cache)
-        for mine, new in zip(self.tensors(), other.tensors(), strict=True):
+        # They bring no draft_probs, and whatever stands there does not change a greedy verdict.
+        greedy_joins = other.draft_probs is None and self.draft_probs is not None
+        for mine, new in zip(self.tensors(), other.tensors(), strict=not greedy_joins):
             (mine[:, : new.shape[1]] if new.dim() > 1 else mine)[rows] = new
+
+    @torch.inference_mode()
+    def copy_row(self, row: int, place: int, length: int) -> None:
+        """Make row `place` a copy of row `row`, whose cache holds `length` tokens."""
+        self.cache.copy_row(row, place, length)
+        for tensor in self.tensors():
+            tensor[place] = tensor[row]
 
     @torch.inference_mode()
     def drop_drafts(self, rows: Tensor) -> None:
