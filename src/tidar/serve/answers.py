@@ -62,7 +62,7 @@ class Shape:
 
     def chunk(self, choice: Choice, piece: Piece) -> dict[str, Any] | None:
         """A piece that `choice` has just been given, None if it shows nothing."""
-        reason = piece.answer.finish_reason
+        reason = piece.finish_reason
         if not piece.text and reason is None and not piece.logprobs:
             return None
         logprobs = self._logprobs(choice, piece.token_ids, piece.logprobs) if self.wants_logprobs else None
@@ -100,9 +100,13 @@ class Shape:
         return {
             "tokens": tokens,
             "token_logprobs": [_finite(one.chosen) for one in said],
-            "top_logprobs": [{self._token(i): _finite(v) for i, v in one.likeliest} for one in said],
+            "top_logprobs": [self._by_text(one) for one in said],
             "text_offset": offsets,
         }
+
+    def _by_text(self, said: TokenLogprobs) -> dict[str, float]:
+        """The likeliest of tokens with the same text, such as halves of characters, is the one that is told."""
+        return {self._token(token): _finite(logprob) for token, logprob in reversed(said.likeliest)}
 
     def _token(self, token: int) -> str:
         return str(self.tokenizer.decode([token], clean_up_tokenization_spaces=False))

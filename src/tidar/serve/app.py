@@ -178,7 +178,7 @@ class Answers:
             index, piece = await self.pieces.get()
             if piece.failed:
                 raise ApiError(500, "the server failed while it decoded this answer; its log says why")
-            count -= piece.answer.finish_reason is not None
+            count -= piece.finish_reason is not None
             yield index, piece
 
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from tidar.decode.engine import Answer, Limits, Planner, Row, Update, extend, new_row
+from tidar.decode.engine import Answer, FinishReason, Limits, Planner, Row, Update, extend, new_row
 from tidar.decode.planner import AutoPlanner
 from tidar.decode.runner import Gain, Runner, runner_for
 from tidar.decode.step import Plan, State
@@ -48,16 +48,21 @@ class TokenLogprobs(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What one forward gave a job: new tokens and text, and its answer so far, which is ended if it says so.
+    """What one forward gave a job.
 
-    logprobs is as long as token_ids where the job asks for them, else empty. `failed` is set, and nothing else is new,
-    where the server could not go on.
+    Attributes:
+        token_ids, text: what is new.
+        logprobs: of each new token where the job asks for them, else empty.
+        finish_reason: set by the last piece.
+        answer: all of the answer; it still grows in the loop's thread until the last piece is there.
+        failed: the server could not go on; this is the last piece, and nothing in it is new.
     """
 
-    answer: Answer
     token_ids: list[int]
     text: str
     logprobs: list[TokenLogprobs]
+    finish_reason: FinishReason | None
+    answer: Answer
     failed: bool = False
 
 
@@ -217,7 +222,7 @@ class Loop:
         for job in jobs:
             if not job.cancelled:
                 self.metrics.ended.labels("failed").inc()
-                job.deliver(Piece(Answer(job.choice), [], "", [], failed=True))
+                job.deliver(Piece([], "", [], None, Answer(job.choice), failed=True))
 
     def _turn(self) -> None:
         """Free places, fill them, and run one forward over the batch."""
@@ -313,7 +318,8 @@ class Loop:
         self.metrics.tokens.inc(len(update.token_ids))
         if update.answer.forwards == 1:
             self.metrics.first_token.observe(time.perf_counter() - running.row.started)
-        running.job.deliver(Piece(update.answer, update.token_ids, update.text, logprobs[: len(update.token_ids)]))
+        tokens, answer = update.token_ids, update.answer
+        running.job.deliver(Piece(tokens, update.text, logprobs[: len(tokens)], answer.finish_reason, answer))
 
     def _size(self) -> int:
         """Rows of a forward: up to the last place that is taken, in sizes that the runner likes."""
