@@ -4,6 +4,7 @@ The class gives a fixture `served`.
 """
 
 import asyncio
+import os
 import random
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -242,3 +243,13 @@ async def _numbered(stream):
     async for chunk in stream:
         count += 1
         yield count, chunk
+
+
+class TestServer(OpenAISuite):
+    """A server that runs somewhere: TIDAR_SERVER=http://127.0.0.1:8000/v1 pytest tests/openai_suite.py."""
+
+    @pytest.fixture(scope="class")
+    def served(self):
+        url, key = os.environ["TIDAR_SERVER"], os.environ.get("TIDAR_API_KEY", "none")
+        card = openai.OpenAI(base_url=url, api_key=key).models.list().data[0]
+        return Served(url, card.id, card.max_model_len, key)
