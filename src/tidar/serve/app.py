@@ -124,7 +124,7 @@ class Service:
             with self._encoding:
                 ids = encode_prompt(self.tokenizer, prompt, raw=isinstance(prompt, str))
         except TidarError as error:
-            raise ApiError(400, str(error), param) from error
+            raise ApiError(400, f"{param}: {error}", param) from error
         if not ids:
             raise ApiError(400, "the prompt is empty: give at least one token", param)
         return ids
@@ -132,7 +132,7 @@ class Service:
     def _known(self, ids: list[int]) -> list[int]:
         if max(ids) >= self.model.network.vocabulary:
             raise ApiError(
-                400, f"token {max(ids)} is not in the vocabulary of {self.model.network.vocabulary}", "prompt"
+                400, f"prompt: token {max(ids)} is not in the vocabulary of {self.model.network.vocabulary}", "prompt"
             )
         return ids
 
