@@ -161,7 +161,7 @@ def test_a_model_without_chat_template_completes_only(tmp_path):
         create_app(plain, name="tiny")
 
 
-def test_a_key_opens_v1_only(model):
+def test_a_key_is_needed_but_for_health_and_metrics(model):
     app = create_app(model, name="tiny", api_key="opensesame", **PLAN)
     with TestClient(app) as client:
         for headers in ({}, {"Authorization": "Bearer opensesam"}, {"Authorization": "Bearer é"}):
@@ -170,6 +170,7 @@ def test_a_key_opens_v1_only(model):
             assert answer.status_code == 401
             assert answer.json()["error"]["code"] == "invalid_api_key"
         assert client.get("/v1/models", headers={"Authorization": "Bearer opensesame"}).status_code == 200
+        assert client.get("/openapi.json").status_code == 401
         assert client.get("/health").status_code == client.get("/metrics").status_code == 200
 
 

@@ -72,6 +72,8 @@ def test_what_the_schema_allows_and_forbids(schema, path, method, generated, dat
         for name in ("max_tokens", "max_completion_tokens"):
             if type(case.body.get(name)) is int:
                 case.body[name] %= 9
+        if isinstance(case.body.get("prompt"), list):  # generated token ids are seldom any of its
+            case.body["prompt"] = "x"
     case.validate_response(case.call(), checks=CHECKS)
 
 

@@ -7,7 +7,7 @@ import ipaddress
 import os
 import socket
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -27,15 +27,15 @@ def serve(
     mode: Annotated[str, typer.Option(help="'tidar' drafts and verifies, 'ar' is plain decoding.")] = "tidar",
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is the whole network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="TIDAR_API_KEY", help="Key that requests to /v1 must have.")
-    ] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="TIDAR_API_KEY", help="Key that requests must have.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the model in requests [default: as given].")] = None,
     max_model_len: Annotated[
         int | None, typer.Option(help="Longest prompt and answer together [default: the model's, at most 4096].")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Answers decoded together.")] = 8,
-    max_queue: Annotated[int, typer.Option(help="Answers that may wait; further requests get 429.")] = 64,
+    batch_size: Annotated[int | None, typer.Option(help="Most answers decoded together [local: 8].")] = None,
+    max_queue: Annotated[
+        int | None, typer.Option(help="Answers that may wait [64]; further requests get 429. Local only.")
+    ] = None,
     drafter: o.DrafterFolder = None,
     draft_length: o.DraftLength = None,
     outcomes: o.Outcomes = None,
@@ -50,72 +50,68 @@ def serve(
     if folder is not None and model is not None:
         raise TidarError("give either MODEL or --model")
     model = folder or model or "smollm2-135m"
-    given: dict[str, Any] = {
-        "draft_length": draft_length,
-        "outcomes": outcomes,
-        "alternatives": alternatives,
-        "plan": plan,
-        "remeasure": remeasure,
-    }
-    if engine == "vllm":
-        local = {**given, "drafter": drafter, "device": device, "weights": weights}
-        _refuse_local(local | {"plan": None if plan == "auto" else plan})
-        _serve_by_vllm(
-            model,
-            mode=mode,
-            host=host,
-            port=port,
-            api_key=api_key,
-            name=name,
-            max_model_len=max_model_len,
-            batch_size=batch_size,
-            dtype=dtype,
-        )
-    if engine != "local":
-        raise TidarError(f"engine is {engine!r}, but must be 'local' or 'vllm'")
-    o.check_counts(batch_size=batch_size)
-    if max_queue < 0 or not 0 <= port < 2**16:
-        raise TidarError(f"max-queue is {max_queue} and port {port}, but they must be at least 0, and port below 65536")
     if mode not in ("tidar", "ar"):
         raise TidarError(f"mode is {mode!r}, but a server decodes in 'tidar' or 'ar'")
     if api_key == "":
         raise TidarError("the API key is empty: leave it out, or give one")
+    if not 0 <= port < 2**16:
+        raise TidarError(f"port is {port}, but must be between 0 and 65535")
+    o.check_counts(batch_size=batch_size)
+    if max_queue is not None and max_queue < 0:
+        raise TidarError(f"max-queue is {max_queue}, but must be at least 0")
+    own: dict[str, Any] = {"alternatives": alternatives, "plan": plan, "remeasure": remeasure}
+    if engine == "vllm":
+        _refuse_local(drafter=drafter, device=device, weights=weights, max_queue=max_queue, **own)
+        flags = {"host": host, "port": port, "served_model_name": name, "max_model_len": max_model_len, "dtype": dtype}
+        _become_vllm(model, flags, api_key, mode, draft_length, outcomes, batch_size)
+    if engine != "local":
+        raise TidarError(f"engine is {engine!r}, but must be 'local' or 'vllm'")
     _need("fastapi", "uvicorn", "prometheus_client", extra="serve")
-    listener = _listen(host, port)
-    loaded = o.load(model, drafter, device, dtype, weights)
     from tidar.serve.app import create_app
     from tidar.serve.run import run
 
+    listener = _listen(host, port)
     app = create_app(
-        loaded,
+        o.load(model, drafter, device, dtype, weights),
         name=name or model,
         mode=mode,  # type: ignore[arg-type]
-        rows=batch_size,
-        waiting=max_queue,
+        rows=batch_size or 8,
+        waiting=64 if max_queue is None else max_queue,
         context=max_model_len,
         api_key=api_key,
         hosts=_names(host),
-        **given,
+        draft_length=draft_length,
+        outcomes=outcomes,
+        **own,
     )
     run(app, listener, GRACE)
 
 
-def _serve_by_vllm(model: str, **options: Any) -> None:
-    """Become `vllm serve`."""
+def _become_vllm(model: str, flags: dict[str, Any], api_key: str | None, mode: str, *shape: int | None) -> NoReturn:
+    """Replace this process by `vllm serve`; the key goes through the environment, which others cannot list."""
     _need("vllm", extra="vllm")
     try:
-        from tidar.vllm.command import arguments  # type: ignore[import-not-found, unused-ignore]
+        from tidar.vllm.command import Options, arguments, environment  # type: ignore[import-not-found, unused-ignore]
     except ImportError as error:
-        raise TidarError(f"vLLM is installed, but the plug-in for it cannot be used: {first_line(error)}") from error
-    argv = ["vllm", *arguments(model, **options)]
+        raise TidarError(f"the vLLM that is installed cannot be used: {first_line(error)}") from error
+    draft_length, outcomes, most = shape
+    options = Options(mode=mode, draft_length=draft_length, outcomes=outcomes, max_num_seqs=most)
+    more = [
+        text
+        for flag, value in flags.items()
+        if value is not None
+        for text in (f"--{flag.replace('_', '-')}", str(value))
+    ]
+    key = {} if api_key is None else {"VLLM_API_KEY": api_key}
+    argv = ["vllm", *arguments(model, options, tuple(more))]
     sys.stderr.flush()
-    os.execvp(argv[0], argv)
+    os.execvpe(argv[0], argv, {**os.environ, **environment(options), **key})
 
 
-def _refuse_local(options: dict[str, Any]) -> None:
+def _refuse_local(**options: Any) -> None:
     for name, value in options.items():
-        if value:
-            raise TidarError(f"--{name.replace('_', '-')} is an option of --engine local; vLLM does not have it")
+        if value is not None and value is not False and value != "auto":
+            raise TidarError(f"--{name.replace('_', '-')} is an option of --engine local, not of vLLM")
 
 
 def _need(*packages: str, extra: str) -> None:

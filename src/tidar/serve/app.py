@@ -204,7 +204,7 @@ def create_app(
         rows: answers decoded together.
         waiting: answers that may wait for a place; further requests get 429.
         context: longest prompt and answer together, in tokens; default the model's, at most 4096.
-        api_key: what /v1 asks for as a bearer token.
+        api_key: bearer token that everything but /health and /metrics asks for.
         hosts: names that requests may address the server by; any by default. A server without a key should name its
             own: a web page cannot reach it then by a name of the page's.
         most_bytes: of a request's body.
@@ -229,8 +229,9 @@ def _loop(
     model: TidarModel, mode: Mode, planning: dict[str, Any], rows: int, waiting: int, context: int | None
 ) -> Loop:
     longest = model.network.max_positions
-    if rows < 1 or waiting < 0:
-        raise TidarError(f"rows is {rows} and waiting {waiting}, but they must be at least 1 and 0")
+    for name, value, least in (("rows", rows, 1), ("waiting", waiting, 0)):
+        if value < least:
+            raise TidarError(f"{name} is {value}, but must be at least {least}")
     if model.tokenizer is None:
         raise TidarError("this model folder has no tokenizer, so it cannot be served")
     if context is not None and not 2 <= context <= (longest or context):

@@ -12,12 +12,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tidar.serve.metrics import Metrics
 from tidar.serve.protocol import ApiError
 
+OPEN = ("/health", "/metrics")
 BODY_SECONDS = 30.0
 """A body must have arrived by then."""
 
 
 class Guard:
-    """ASGI middleware: 401 without the key (paths under /v1 alone), 413 for large bodies, 408 for slow ones.
+    """ASGI middleware: 401 without the key (but for OPEN paths), 413 for large bodies, 408 for slow ones.
 
     The whole body is read before the application sees it, so it is never more than `most_bytes` of memory.
     """
@@ -26,7 +27,7 @@ class Guard:
         self.app, self.api_key, self.most_bytes, self.metrics = app, api_key, most_bytes, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
+        if scope["type"] != "http" or scope["path"] in OPEN:
             await self.app(scope, receive, send)
             return
 

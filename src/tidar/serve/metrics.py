@@ -10,7 +10,9 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.requests = self._counter("requests", "Requests to /v1, by path and status.", "path", "status")
+        self.requests = self._counter(
+            "requests", "Requests by path and status, but for /health and /metrics.", "path", "status"
+        )
         self.ended = self._counter("answers", "Answers that ended: stop, length, cancelled or failed.", "reason")
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens prefilled.")
         self.tokens = self._counter("generated_tokens", "Tokens generated.")
