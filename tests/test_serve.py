@@ -69,7 +69,7 @@ def post(served, path="completions", **body):
     return httpx.post(f"{served.url}/{path}", content=body, headers={"Content-Type": "application/json"}, timeout=60)
 
 
-@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("prompt", PROMPTS[:2])
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 0.9, "top_p": 0.9, "seed": 5}])
 def test_answers_are_those_of_generate(served, model, prompt, options):
     wanted = model.generate(prompt, raw=True, max_new_tokens=24, **options, **PLAN)
@@ -90,6 +90,15 @@ def test_plain_mode_serves_the_same_folder(model):
         refused = client.post("/v1/completions", json=body | {"tidar": True})
         assert refused.status_code == 400
         assert refused.json()["error"]["param"] == "tidar"
+
+
+def test_drafts_that_a_seed_forbids_are_refused_not_left_out(model, monkeypatch):
+    app = create_app(model, name="tiny", rows=1)  # its plan is "auto"
+    monkeypatch.setattr(app.state.service.loop.planner, "prepare", lambda *args: None)
+    body = {"model": "tiny", "prompt": "x", "seed": 1, "tidar": True}
+    with TestClient(app) as client:
+        refused = client.post("/v1/completions", json=body)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tidar")
 
 
 def test_neutral_values_of_what_is_not_there_are_fine(served):

@@ -42,10 +42,14 @@ def process(*args, **environment):
         reader.join()
 
 
-def test_it_serves_until_ctrl_c_and_lets_answers_end(folder):
+def test_it_serves_until_ctrl_c_and_lets_answers_end(run, folder):
     with process(folder, "--plan", "fixed", "--name", "tiny", TIDAR_API_KEY="secret") as (server, url, lines):
         served = Served(url + "/v1", "tiny", CONTEXT, "secret")
         assert httpx.get(url + "/v1/models").status_code == 401
+        port = url.rsplit(":", 1)[1]
+        code, out, err = run("serve", folder, "--port", port)
+        assert (code, out) == (2, "")
+        assert err.startswith(f"tidar: cannot listen on 127.0.0.1:{port}: ")
         stream = iter(served.complete("x", max_tokens=100, stream=True))
         texts = [next(stream).choices[0].text]
         server.send_signal(signal.SIGINT)
@@ -53,14 +57,6 @@ def test_it_serves_until_ctrl_c_and_lets_answers_end(folder):
         assert server.wait(20) in (130, -signal.SIGINT)
         assert "Traceback" not in "".join(lines)
     assert len("".join(texts)) > 10
-
-
-def test_two_servers_cannot_have_one_port(run, folder):
-    with process(folder, "--mode", "ar") as (_, url, _):
-        port = url.rsplit(":", 1)[1]
-        code, out, err = run("serve", folder, "--port", port)
-    assert (code, out) == (2, "")
-    assert err.startswith(f"tidar: cannot listen on 127.0.0.1:{port}: ")
 
 
 @pytest.mark.parametrize(

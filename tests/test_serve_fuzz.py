@@ -26,7 +26,7 @@ BODIES = [
     {"model": "tiny", "prompt": "x", "max_tokens": 3, "stop": ["a"], "n": 2, "seed": 1, "temperature": 0.5},
     {"model": "tiny", "messages": [{"role": "user", "content": "é"}], "max_tokens": 3, "logprobs": True},
 ]
-patiently = settings(max_examples=40, suppress_health_check=list(HealthCheck))
+patiently = settings(max_examples=25, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(scope="module")

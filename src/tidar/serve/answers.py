@@ -154,9 +154,8 @@ class ChatShape(Shape):
 
 
 def shape_of(request: ChatRequest | CompletionRequest, model: str, tokenizer: PreTrainedTokenizerBase) -> Shape:
-    if isinstance(request, ChatRequest):
-        return ChatShape(model, tokenizer, request.logprobs)
-    return Shape(model, tokenizer, request.logprobs is not None)
+    shape = ChatShape if isinstance(request, ChatRequest) else Shape
+    return shape(model, tokenizer, request.likeliest is not None)
 
 
 def usage(choices: list[Choice]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import json
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -23,6 +23,7 @@ from tidar.api import Mode, TidarModel
 from tidar.decode.engine import Engine, Limits
 from tidar.errors import TidarError
 from tidar.prompts import Prompt, encode_prompt
+from tidar.sampling import SamplingParams
 from tidar.serve.answers import Choice, Shape, shape_of
 from tidar.serve.guard import Guard
 from tidar.serve.loop import ClosedError, Job, Loop, Piece, QueueFullError
@@ -46,7 +47,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         408: "The body came too slowly.",
         413: "The body is too large.",
         429: "Too many requests wait.",
-        503: "The server is shutting down.",
+        503: "The server has stopped decoding.",
     }.items()
 }
 ANSWERS: dict[int | str, dict[str, Any]] = {
@@ -88,23 +89,26 @@ class Service:
                 400, f"{len(prompts)} prompts x {request.n} answers are more than this server takes at once", "n"
             )
         params = request.sampling(secrets.randbits(63) if request.seed is None else request.seed)
-        drafting = self._drafting(request) and self.loop.drafts_for(params, request.seed is not None)
-        logprobs = (request.top_logprobs or 0) if isinstance(request, ChatRequest) and request.logprobs else None
-        if isinstance(request, CompletionRequest):
-            logprobs = request.logprobs
+        drafting = self._drafting(request, params)
         jobs, choices = [], []
         for number, (name, ids, echo) in enumerate(prompts):
             limits = Limits(self._room(request, ids, name), self.model.network.eos_ids, tuple(request.stop))
             for choice in range(request.n):
                 index = number * request.n + choice
-                jobs.append(Job(ids, limits, params, queue.receiver(index), index, drafting, logprobs))
+                jobs.append(Job(ids, limits, params, queue.receiver(index), index, drafting, request.likeliest))
                 choices.append(Choice(index, 0 if choice else len(ids), echo))
         return jobs, choices
 
-    def _drafting(self, request: ChatRequest | CompletionRequest) -> bool:
+    def _drafting(self, request: ChatRequest | CompletionRequest, params: SamplingParams) -> bool:
+        """Whether drafts are judged for a request. Raises ApiError where it insists and cannot have them."""
+        drafting = self.loop.drafts_for(params, request.seed is not None)
         if request.switch and not self.loop.drafts:
             raise unsupported("tidar", "this server decodes without drafts")
-        return request.switch is not False
+        if request.switch and not drafting:
+            raise unsupported(
+                "tidar", "a sampled answer with a 'seed' has drafts only where the server's plan is fixed"
+            )
+        return drafting and request.switch is not False
 
     def _prompts(self, request: ChatRequest | CompletionRequest) -> list[tuple[str, list[int], str]]:
         """The parameter that each prompt stands in, its ids, and what is repeated in front of its answers."""
@@ -146,9 +150,7 @@ class Service:
                 param,
                 "context_length_exceeded",
             )
-        wanted, name = request.max_tokens, "max_tokens"
-        if isinstance(request, ChatRequest) and request.max_completion_tokens is not None:
-            wanted, name = request.max_completion_tokens, "max_completion_tokens"
+        name, wanted = request.longest()
         if wanted is not None and wanted > left:
             raise ApiError(
                 400,
@@ -165,7 +167,7 @@ class Answers:
     def __init__(self) -> None:
         self.events, self.pieces = asyncio.get_running_loop(), asyncio.Queue[Tagged]()
 
-    def receiver(self, index: int) -> Any:
+    def receiver(self, index: int) -> Callable[[Piece], None]:
         def deliver(piece: Piece) -> None:
             with suppress(RuntimeError):  # the event loop has ended, and with it whoever waited
                 self.events.call_soon_threadsafe(self.pieces.put_nowait, (index, piece))
@@ -264,8 +266,10 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     loop = service.loop
 
     @app.get("/health")
-    def health() -> dict[str, Any]:
-        return {"status": "ok", "running": loop.running, "waiting": loop.queued}
+    def health() -> Response:
+        status = "ok" if loop.open else "stopped"
+        body = {"status": status, "running": loop.running, "waiting": loop.queued}
+        return JSONResponse(body, 200 if loop.open else 503)
 
     @app.get("/metrics", response_class=PlainTextResponse)
     def metrics() -> Response:
@@ -298,7 +302,7 @@ async def _answer(service: Service, body: ChatRequest | CompletionRequest, reque
     except QueueFullError:
         raise ApiError(429, "too many requests are waiting: try again later", None, "queue_full") from None
     except ClosedError:
-        raise ApiError(503, "the server is shutting down") from None
+        raise ApiError(503, "the server has stopped decoding") from None
     if body.stream:
         return _Stream(_chunks(choices, answers, shape, body.includes_usage), service.loop, jobs)
     try:
@@ -327,7 +331,7 @@ async def _collect(choices: list[Choice], answers: Answers) -> None:
         choices[index].add(piece)
 
 
-async def _while_connected(request: Request, work: Any) -> None:
+async def _while_connected(request: Request, work: Coroutine[Any, Any, None]) -> None:
     """Do the work, unless the client leaves before it is done."""
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_left(request))
     try:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from tidar.decode.engine import Answer, FinishReason, Limits, Planner, Row, Update, extend, new_row
+from tidar.decode.engine import Answer, FinishReason, Limits, Planner, Row, extend, new_row
 from tidar.decode.planner import AutoPlanner
 from tidar.decode.runner import Gain, Runner, runner_for
 from tidar.decode.step import Plan, State
@@ -103,7 +103,7 @@ class Loop:
     """Decodes jobs in a thread of its own, from `start` to `stop`.
 
     Args:
-        network, tokenizer: the model. Nobody else may decode with it on a GPU at the same time.
+        network, tokenizer: the model. Nobody else may decode with it meanwhile.
         planner: what forwards do; its sampling parameters are replaced by those of the rows.
         rows: the largest batch.
         waiting: jobs that may wait for a place in it.
@@ -127,9 +127,7 @@ class Loop:
         self._places: list[_Running | None] = []
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
-        self._stopping = False
-        self._threads = torch.get_num_threads()
-        self._thread = threading.Thread(target=self._run, name="tidar-loop", daemon=True)
+        self._open, self._thread = False, threading.Thread()
         metrics.running.set_function(lambda: self.running)
         metrics.waiting.set_function(lambda: self.queued)
 
@@ -154,27 +152,36 @@ class Loop:
     def queued(self) -> int:
         return len(self._waiting)
 
+    @property
+    def open(self) -> bool:
+        """Whether jobs are taken."""
+        return self._open
+
     def start(self) -> None:
         """Make room for the batch, measure if the planner wants to, and begin to wait for jobs."""
         self.runner.busy = True
         self._prepare()
         self.planner.prepare(self.runner, self.runner.batch_for(self.rows))
         self._prepare()
+        self._open = True
+        self._thread = threading.Thread(
+            target=self._run, args=(torch.get_num_threads(),), name="tidar-loop", daemon=True
+        )
         self._thread.start()
 
     def stop(self) -> None:
         """End the thread after the forward that it is in; jobs that did not end are failed."""
         with self._changed:
-            self._stopping = True
+            self._open = False
             self._changed.notify()
-        if self._thread.ident is not None:
+        if self._thread.is_alive():
             self._thread.join()
         self.runner.busy = False
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Let jobs wait for places, all of them or none. Raises QueueFullError or ClosedError."""
         with self._changed:
-            if self._stopping:
+            if not self._open:
                 raise ClosedError
             if len(self._waiting) + len(jobs) > self.most_waiting + self.rows - self.running:
                 raise QueueFullError
@@ -197,21 +204,25 @@ class Loop:
         self._places = [None] * most
         return self.runner.prepare(most, room, sampled)
 
-    def _run(self) -> None:
-        torch.set_num_threads(self._threads)  # it is a thread's own
-        while True:
-            with self._changed:
-                while not (self._stopping or self._waiting or self.running):
-                    self._changed.wait()
-                if self._stopping:
-                    break
-            try:
-                self._turn()
-            except Exception:
-                log.exception("decoding failed; the answers that were running are lost")
-                self._fail()
-                self._prepare()
-        self._fail()
+    def _run(self, threads: int) -> None:
+        torch.set_num_threads(threads)  # a new thread has its own number
+        try:
+            while self._has_work():
+                try:
+                    self._turn()
+                except Exception:
+                    log.exception("decoding failed; the answers that were running are lost")
+                    self._fail()
+                    self._prepare()
+        finally:
+            self._open = False
+            self._fail()
+
+    def _has_work(self) -> bool:
+        """Wait for some; False if there will be none."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._open or self._waiting or self.running)
+            return self._open
 
     def _fail(self) -> None:
         """Tell everybody that there will be no more."""
@@ -263,6 +274,7 @@ class Loop:
         said = _on_host(jobs, [piece.logprobs for piece in admitted.pieces])
         self.metrics.forwards.labels("prefill").inc()
         self.metrics.prompt_tokens.inc(sum(len(job.prompt) for job in jobs))
+        self.metrics.prefill.observe(time.perf_counter() - started)
         for running, token, logprobs in zip(joining, tokens, said, strict=True):
             running.row.started = started
             self._give(running, [token], logprobs)
@@ -314,12 +326,9 @@ class Loop:
         """Append tokens to an answer, and tell whoever waits for it."""
         if running.job.cancelled:
             return
-        update: Update = extend(running.row, tokens, running.job.limits)
-        self.metrics.tokens.inc(len(update.token_ids))
-        if update.answer.forwards == 1:
-            self.metrics.first_token.observe(time.perf_counter() - running.row.started)
-        tokens, answer = update.token_ids, update.answer
-        running.job.deliver(Piece(tokens, update.text, logprobs[: len(tokens)], answer.finish_reason, answer))
+        answer, tokens, text = extend(running.row, tokens, running.job.limits)
+        self.metrics.tokens.inc(len(tokens))
+        running.job.deliver(Piece(tokens, text, logprobs[: len(tokens)], answer.finish_reason, answer))
 
     def _size(self) -> int:
         """Rows of a forward: up to the last place that is taken, in sizes that the runner likes."""

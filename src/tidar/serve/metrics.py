@@ -25,8 +25,8 @@ class Metrics:
             buckets=(1, 2, 3, 4, 5, 6, 7, 8, 12, 16),
             registry=self.registry,
         )
-        self.first_token = Histogram(
-            "tidar_prefill_seconds", "From the start of a row's prefill to its first token.", registry=self.registry
+        self.prefill = Histogram(
+            "tidar_prefill_seconds", "Time of a prefill, for which running rows wait.", registry=self.registry
         )
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:

@@ -144,6 +144,15 @@ class Request(Body):
     def includes_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @property
+    def likeliest(self) -> int | None:
+        """Tokens that are told beside each one's log-probability; None if none is wanted."""
+        raise NotImplementedError
+
+    def longest(self) -> tuple[str, int | None]:
+        """The parameter that limits the answer, and its value."""
+        return "max_tokens", self.max_tokens
+
     def sampling(self, seed: int) -> SamplingParams:
         """How its tokens are chosen. Raises ApiError."""
         try:
@@ -174,6 +183,10 @@ class CompletionRequest(Request):
         super().check()
         if self.echo and self.logprobs is not None:
             raise unsupported("logprobs", "with 'echo' it would ask for those of the prompt, which are not computed")
+
+    @property
+    def likeliest(self) -> int | None:
+        return self.logprobs
 
     def prompts(self) -> list[str | list[int]]:
         one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
@@ -216,3 +229,11 @@ class ChatRequest(Request):
         both = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(both) > 1:
             raise ApiError(400, "'max_tokens' and 'max_completion_tokens' contradict each other", "max_tokens")
+
+    @property
+    def likeliest(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def longest(self) -> tuple[str, int | None]:
+        name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+        return name, getattr(self, name)
