@@ -154,6 +154,12 @@ def test_extreme_values_are_honoured(served, extreme):
     assert post(served, prompt="x", **({"temperature": 1.0} | extreme)).status_code == 200
 
 
+@pytest.mark.parametrize(("tokens", "new"), [(5, 16), (CONTEXT - 3, 3)])
+def test_a_completion_has_16_tokens_or_what_fits(served, tokens, new):
+    answer = served.complete([5] * tokens, max_tokens=openai.NOT_GIVEN, temperature=0)
+    assert answer.usage.completion_tokens == new
+
+
 def test_an_answer_can_be_sent_back(served):
     said = served.chat().choices[0].message.model_dump()
     assert served.chat([*MESSAGES, said, *MESSAGES]).choices[0].message.role == "assistant"

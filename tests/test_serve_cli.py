@@ -34,7 +34,7 @@ def process(*args, **environment):
     reader.start()
     try:
         said = r"tidar: serving (\S+) at (http://127.0.0.1:\d+)/v1 \(Ctrl-C stops\)"
-        wait_until(lambda: server.poll() is not None or re.search(said, "".join(lines)), 60)
+        wait_until(lambda: server.poll() is not None or re.search(said, "".join(lines)), 120)
         yield server, re.search(said, "".join(lines))[2], lines
     finally:
         server.kill()

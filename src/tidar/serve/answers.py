@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tidar.decode.engine import Answer
 from tidar.serve.loop import Piece, TokenLogprobs
-from tidar.serve.protocol import ChatRequest, CompletionRequest
+from tidar.serve.protocol import AnyRequest, ChatRequest
 
 LEAST_LOGPROB = -9999.0
 """JSON has no infinity."""
@@ -153,7 +153,7 @@ class ChatShape(Shape):
         }
 
 
-def shape_of(request: ChatRequest | CompletionRequest, model: str, tokenizer: PreTrainedTokenizerBase) -> Shape:
+def shape_of(request: AnyRequest, model: str, tokenizer: PreTrainedTokenizerBase) -> Shape:
     shape = ChatShape if isinstance(request, ChatRequest) else Shape
     return shape(model, tokenizer, request.likeliest is not None)
 

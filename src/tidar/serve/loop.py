@@ -55,7 +55,7 @@ class Piece(NamedTuple):
         logprobs: of each new token where the job asks for them, else empty.
         finish_reason: set by the last piece.
         answer: all of the answer; it still grows in the loop's thread until the last piece is there.
-        failed: the server could not go on; this is the last piece, and nothing in it is new.
+        failed: why the answer does not go on; this is the last piece then, and nothing in it is new.
     """
 
     token_ids: list[int]
@@ -63,7 +63,10 @@ class Piece(NamedTuple):
     logprobs: list[TokenLogprobs]
     finish_reason: FinishReason | None
     answer: Answer
-    failed: bool = False
+    failed: str | None = None
+
+
+Deliver = Callable[[Piece], None]
 
 
 @dataclass
@@ -83,7 +86,7 @@ class Job:
     prompt: list[int]
     limits: Limits
     params: SamplingParams
-    deliver: Callable[[Piece], None]
+    deliver: Deliver
     choice: int = 0
     drafting: bool = True
     logprobs: int | None = None
@@ -127,7 +130,7 @@ class Loop:
         self._places: list[_Running | None] = []
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
-        self._open, self._thread = False, threading.Thread()
+        self._open, self._thread, self._threads = False, threading.Thread(), torch.get_num_threads()
         metrics.running.set_function(lambda: self.running)
         metrics.waiting.set_function(lambda: self.queued)
 
@@ -159,14 +162,13 @@ class Loop:
 
     def start(self) -> None:
         """Make room for the batch, measure if the planner wants to, and begin to wait for jobs."""
+        torch.set_num_threads(self._threads)  # each thread of Python has a number of its own
         self.runner.busy = True
         self._prepare()
         self.planner.prepare(self.runner, self.runner.batch_for(self.rows))
         self._prepare()
         self._open = True
-        self._thread = threading.Thread(
-            target=self._run, args=(torch.get_num_threads(),), name="tidar-loop", daemon=True
-        )
+        self._thread = threading.Thread(target=self._run, name="tidar-loop", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -204,19 +206,19 @@ class Loop:
         self._places = [None] * most
         return self.runner.prepare(most, room, sampled)
 
-    def _run(self, threads: int) -> None:
-        torch.set_num_threads(threads)  # a new thread has its own number
+    def _run(self) -> None:
+        torch.set_num_threads(self._threads)
         try:
             while self._has_work():
                 try:
                     self._turn()
                 except Exception:
                     log.exception("decoding failed; the answers that were running are lost")
-                    self._fail()
+                    self._fail("the server failed while it decoded this answer; its log says why")
                     self._prepare()
         finally:
             self._open = False
-            self._fail()
+            self._fail("the server has stopped before this answer ended")
 
     def _has_work(self) -> bool:
         """Wait for some; False if there will be none."""
@@ -224,7 +226,7 @@ class Loop:
             self._changed.wait_for(lambda: not self._open or self._waiting or self.running)
             return self._open
 
-    def _fail(self) -> None:
+    def _fail(self, why: str) -> None:
         """Tell everybody that there will be no more."""
         with self._changed:
             jobs = [place.job for place in self._places if place is not None] + list(self._waiting)
@@ -233,7 +235,7 @@ class Loop:
         for job in jobs:
             if not job.cancelled:
                 self.metrics.ended.labels("failed").inc()
-                job.deliver(Piece([], "", [], None, Answer(job.choice), failed=True))
+                job.deliver(Piece([], "", [], None, Answer(job.choice), why))
 
     def _turn(self) -> None:
         """Free places, fill them, and run one forward over the batch."""

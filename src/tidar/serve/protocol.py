@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -95,8 +95,12 @@ Count = Annotated[int, Field(ge=1, lt=2**31)]
 
 
 class Request(Body):
-    """What both endpoints take."""
+    """What both endpoints take.
 
+    `usual_tokens` is how long an answer may be if the request does not say: no longer than what fits, anyway.
+    """
+
+    usual_tokens: ClassVar[int] = 2**31
     model: str
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -175,7 +179,7 @@ class CompletionRequest(Request):
     """`/v1/completions`: the prompt is continued as it is."""
 
     prompt: str | TokenIds | Annotated[list[str | TokenIds], Field(min_length=1)]
-    max_tokens: Count | None = 16
+    usual_tokens: ClassVar[int] = 16
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
 
@@ -237,3 +241,6 @@ class ChatRequest(Request):
     def longest(self) -> tuple[str, int | None]:
         name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
         return name, getattr(self, name)
+
+
+AnyRequest = ChatRequest | CompletionRequest
