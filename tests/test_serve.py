@@ -262,6 +262,20 @@ def test_a_failure_is_told_in_both_ways(model, monkeypatch):
         assert broken.text("x")
 
 
+def test_a_stop_is_told(model):
+    app = create_app(model, name="tiny", **PLAN)
+    with running(app) as url:
+        stopped = Served(url + "/v1", "tiny", CONTEXT)
+        stream = iter(stopped.complete("x", max_tokens=120, stream=True))
+        next(stream)
+        app.state.service.loop.stop()
+        with pytest.raises(openai.APIError, match="has stopped before"):
+            list(stream)
+        with pytest.raises(openai.InternalServerError, match="has stopped decoding"):
+            stopped.complete("x")
+        assert httpx.get(url + "/health").status_code == 503
+
+
 def test_metrics_count_what_happened(model):
     with TestClient(create_app(model, name="tiny", rows=2, **PLAN)) as client:
         assert client.get("/health").json() == {"status": "ok", "running": 0, "waiting": 0}

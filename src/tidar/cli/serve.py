@@ -95,7 +95,7 @@ def _become_vllm(model: str, flags: dict[str, Any], api_key: str | None, mode: s
     except ImportError as error:
         raise TidarError(f"the vLLM that is installed cannot be used: {first_line(error)}") from error
     draft_length, outcomes, most = shape
-    options = Options(mode=mode, draft_length=draft_length, outcomes=outcomes, max_num_seqs=most)
+    options = Options(mode, draft_length, outcomes, max_num_seqs=most)  # type: ignore[arg-type, unused-ignore]
     more = [
         text
         for flag, value in flags.items()
