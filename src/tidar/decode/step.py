@@ -24,14 +24,17 @@ from tidar.model.propose import CANDIDATES, Proposal, propose
 from tidar.sampling import (
     DraftProbs,
     Leaves,
+    Logprobs,
+    Sampling,
     SamplingParams,
+    log_probabilities,
     mix_trust,
     row_seeds,
     uniforms,
     verify,
 )
 
-Propose = Callable[[Network, Tensor, Tensor, Tensor, Tensor, SamplingParams, Tensor | None], Proposal]
+Propose = Callable[[Network, Tensor, Tensor, Tensor, Tensor, Sampling, Tensor | None], Proposal]
 """See `model.propose.propose`; what it proposes must begin with the tokens that are known."""
 REACH, RANKS = 0.7, (0.38, 0.14, 0.07)
 """How likely drafts stand, and the drafter's second, third and fourth choice where they fall: only to order leaves."""
@@ -50,13 +53,15 @@ class Plan:
         alternatives: leaves, that is drafts' next best tokens which are verified beside them. Where a draft falls and
             the right token is on a leaf, the verifier's token after it is known as well: one token more.
         propose: turns a block into drafts; tests replace it by oracles.
+        logprobs: likeliest tokens whose log-probabilities are told beside each new token's; None tells nothing.
     """
 
     draft_length: int
-    params: SamplingParams = GREEDY
+    params: Sampling = GREEDY
     outcomes: int | None = None
     alternatives: int = 0
     propose: Propose = propose
+    logprobs: int | None = None
 
     @property
     def drafting(self) -> bool:
@@ -87,7 +92,7 @@ class Plan:
     @property
     def key(self) -> Plan:
         """The plan without its seed, and its outcomes and leaves counted: what decides a captured step."""
-        return replace(self, params=replace(self.params, seed=0), outcomes=self.blocks, alternatives=len(self.leaves))
+        return replace(self, params=self.params.unseeded, outcomes=self.blocks, alternatives=len(self.leaves))
 
 
 def choose_leaves(draft_length: int, count: int) -> tuple[tuple[int, int], ...]:
@@ -138,6 +143,7 @@ class State:
         draft_probs: what they were drawn from; None for greedy decoding.
         seeds: [B] random streams.
         active: [B] bool; rows that are not do not move.
+        logprobs: of the tokens that the last forward gave, where its plan asks for them.
     """
 
     cache: RowCache
@@ -149,6 +155,7 @@ class State:
     draft_probs: DraftProbs | None
     seeds: Tensor
     active: Tensor
+    logprobs: Logprobs | None = None
 
     @staticmethod
     def empty(rows: int, capacity: int, draft_length: int, network: Network, sampled: bool) -> State:
@@ -193,10 +200,24 @@ class State:
 
     @torch.inference_mode()
     def put_rows(self, rows: Tensor, other: State) -> None:
-        """Put the rows of `other` in the places `rows` [n]."""
+        """Put the rows of `other` in the places `rows` [n]. Greedy rows may join sampled ones."""
         self.cache.put_rows(rows, other.cache)
-        for mine, new in zip(self.tensors(), other.tensors(), strict=True):
+        # They bring no draft_probs, and whatever stands there does not change a greedy verdict.
+        greedy_joins = other.draft_probs is None and self.draft_probs is not None
+        for mine, new in zip(self.tensors(), other.tensors(), strict=not greedy_joins):
             (mine[:, : new.shape[1]] if new.dim() > 1 else mine)[rows] = new
+
+    @torch.inference_mode()
+    def copy_row(self, row: int, place: int, length: int) -> None:
+        """Make row `place` a copy of row `row`, whose cache holds `length` tokens."""
+        self.cache.copy_row(row, place, length)
+        for tensor in self.tensors():
+            tensor[place] = tensor[row]
+
+    @torch.inference_mode()
+    def drop_drafts(self, rows: Tensor) -> None:
+        """Let the next step judge nothing in the rows `rows` [n] but the token that they have: plain decoding."""
+        self.drafted[rows] = self.known[rows] = 1
 
     def leaves(self, plan: Plan) -> Leaves | None:
         """The leaves of a step of `plan`."""
@@ -246,7 +267,7 @@ def prefill(network: Network, prompts: list[list[int]], rows: list[int], plan: P
     return prefill_rows(network, pack_prompts(prompts, rows, plan.params.seed, width).to(network.device), plan)
 
 
-def pack_prompts(prompts: list[list[int]], rows: list[int], seed: int, width: int) -> Tensor:
+def pack_prompts(prompts: list[list[int]], rows: list[int], seed: int | Tensor, width: int) -> Tensor:
     """[B, width + 2] on the host: each prompt's ids, zeros, its length, and the seed of its row's random stream."""
     ids = torch.tensor([p + [0] * (width - len(p)) + [len(p)] for p in prompts])
     return torch.cat((ids, row_seeds(seed, torch.tensor(rows))[:, None]), 1)
@@ -339,6 +360,9 @@ def _decide(
             probs = DraftProbs(*(tensor[:, : judged - 1] for tensor in probs))
         verdict = verify(params, logits, drafts, probs, noise[:, : judged + 1], drafted, leaves)
         decision = decide_eager(verdict, facts, length)
+    if plan.logprobs is not None:
+        new = decision.result[:, 3 : 3 + judged]
+        state.logprobs = log_probabilities(logits[:, :judged], new, plan.logprobs)
     if not plan.drafting:
         state.drafts[:, 0] = decision.next_token
         state.drafted.fill_(1)
