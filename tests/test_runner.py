@@ -245,14 +245,17 @@ def test_a_server_replays_what_lasts_and_runs_the_rest(monkeypatch):
         answers.append((Job(prompt, Limits(20), params, pieces.put, logprobs=1 if params.top_k else None), pieces))
     loop.start()
     loop.submit([job for job, _ in answers])
-    for job, pieces in answers:
+    said = list[list[int]]()
+    for _, pieces in answers:
         tokens, reason = [], None
         while reason is None:
             piece = pieces.get(timeout=30)
             assert not piece.failed
             tokens, reason = tokens + piece.token_ids, piece.finish_reason
+        said.append(tokens)
+    loop.stop()  # before anybody else decodes with its network
+    for (job, _), tokens in zip(answers, said, strict=True):
         alone = Engine(network, Plan(4, job.params), runner=Runner(network)).run([job.prompt], Limits(20))
         assert tokens == [token for [update] in alone for token in update.token_ids]
-    loop.stop()
     assert any("a step of 20 slots x 4 rows" in made for made in replayed.made)
     assert all(not isinstance(key[0].params, MixedParams) and key[0].logprobs is None for key in replayed.graphs)
