@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tidar.decode.cache import ROUND, RowCache
-from tidar.decode.step import Plan, State, StepResult, pack_prompts, prefill, prefill_rows, step
+from tidar.decode.step import Observer, Plan, State, StepResult, pack_prompts, prefill, prefill_rows, step
 from tidar.layout import prefill_layout
 from tidar.model.network import Network
 
@@ -86,6 +86,8 @@ class Runner:
 
     lag = 0
     """Forwards that are under way before the first of them is read back."""
+    observer: Observer | None = None
+    """Is shown every eager forward."""
 
     def __init__(self, network: Network) -> None:
         self.network = network
@@ -114,7 +116,7 @@ class Runner:
     def admit(self, prompts: list[list[int]], rows: list[int], places: list[int], plan: Plan) -> Admitted:
         """Prefill the prompts of job rows `rows` and let them run in `places`."""
         assert self.state is not None
-        joined = prefill(self.network, prompts, rows, plan)
+        joined = prefill(self.network, prompts, rows, plan, self.observer)
         self.state.put_rows(torch.tensor(places, device=self.state.active.device), joined)
         self.active = []  # they are active on the device, whatever was said last
         return Admitted([Pending(joined.drafts[:, 0])])
@@ -122,7 +124,7 @@ class Runner:
     def step(self, plan: Plan, rows: int, longest: int) -> Pending:
         """One forward over the first `rows` rows; `longest` is the largest of their lengths, known as nothing lags."""
         assert self.state is not None
-        return Pending(step(self.network, self.state.first(rows), plan, longest).packed)
+        return Pending(step(self.network, self.state.first(rows), plan, longest, self.observer).packed)
 
 
 def send(values: Tensor, to: Tensor) -> None:
