@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
-from tidar.api import TidarModel
+from tidar.api import Mode
 from tidar.cli import options as o
 from tidar.cli.files import check_writable, model_name, write_text
 from tidar.decode.trace import gather
@@ -72,7 +72,7 @@ def trace(
         **describe(loaded, model_name(model)),
         "prompt": prompt,
         "settings": {**shared, **drafting, "mode": mode},
-        "runs": [gather(loaded.trace(prompt, mode=mode, **shared, **drafting))],
+        "runs": [gather(loaded.trace(prompt, mode=cast(Mode, mode), **shared, **drafting))],
     }
     if race and mode != "ar":
         document["runs"].append(gather(loaded.trace(prompt, mode="ar", **shared)))

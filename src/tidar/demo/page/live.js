@@ -1,14 +1,14 @@
 "use strict";
 // The prompt box: asks the server for runs, and tells the viewer what comes.
 
-const EXAMPLES = [
-  "Tom has 5 bags with 7 marbles each. How many marbles does he have?",
-  "Write a Python function that adds two numbers.",
-  "Write a short story about a lighthouse.",
-];
+const EXAMPLES = {
+  "a word problem": "Tom has 5 bags with 7 marbles each. How many marbles does he have?",
+  "some code": "Write a Python function that adds two numbers.",
+  "a story": "Write a short story about a lighthouse.",
+};
 const GONE = "The server does not answer. Start `tidar demo` again, then press Run.";
 let running = null;
-let context = null;
+let dtype = "";
 
 function say(text, calm = false) {
   const notice = $("notice");
@@ -42,8 +42,7 @@ async function follow(wanted, run, signal) {
     if (event.event === "waiting") say("Another run is using the model. Yours begins when it has ended.", true);
     else say("");
     absorb(run, event);
-    // The prefill's step is shown at once: it holds the first token.
-    refresh();
+    soon();
   }
   if (!run.ended) throw new Error("cut off");
 }
@@ -62,13 +61,14 @@ async function run() {
   if (!wanted.prompt.trim()) return refuse("Write a prompt first.");
   if (!Number.isInteger(wanted.max_new_tokens) || wanted.max_new_tokens < 1) return refuse("Longest answer must be a whole number of tokens, 1 or more.", "max_new_tokens");
   const race = wanted.mode === "tidar" && $("race").checked;
-  const [main, rival] = [{ ...newRun(), mode: wanted.mode }, race ? { ...newRun(), mode: "ar" } : null];
+  const main = { ...newRun(), mode: wanted.mode, expected: wanted.max_new_tokens };
+  const rival = race ? { ...newRun(), mode: "ar", waits: "starts when TiDAR has ended" } : null;
   running = new AbortController();
-  begin(main, rival);
+  begin(main, rival, wanted.temperature === 0 && wanted.trust === 1 && dtype !== "float32");
   try {
     await follow(wanted, main, running.signal);
     if (rival) {
-      rival.expected = main.token_ids.length;
+      Object.assign(rival, { expected: main.token_ids.length, waits: "starting" });
       const { draft_length, outcomes, trust, ...plain } = wanted;
       await follow({ ...plain, mode: "ar" }, rival, running.signal);
     }
@@ -79,9 +79,9 @@ async function run() {
   end();
 }
 
-function begin(main, rival) {
+function begin(main, rival, rounds) {
   say("");
-  setRuns(main, rival);
+  setRuns(main, rival, rounds);
   $("empty").hidden = true;
   $("run").textContent = "Stop";
   $("status").textContent = "Running.";
@@ -124,8 +124,8 @@ function arrange() {
 
 async function greet() {
   $("composer").hidden = $("empty").hidden = false;
-  for (const text of EXAMPLES) {
-    const button = make("button", "", text);
+  for (const [name, text] of Object.entries(EXAMPLES)) {
+    const button = make("button", "", name);
     button.type = "button";
     button.addEventListener("click", () => {
       $("prompt").value = text;
@@ -137,7 +137,7 @@ async function greet() {
   $("prompt").focus();
   try {
     const model = await (await fetch("model")).json();
-    context = model.context;
+    dtype = model.dtype;
     $("model").textContent = `${model.model} · ${model.device} · ${model.dtype} · tidar ${model.tidar}`;
     if (!model.can_draft) {
       $("mode").value = "ar";

@@ -15,7 +15,7 @@ const percent = (p) => (p == null ? "–" : p > 0.995 && p < 1 ? ">99%" : p > 0 
 const count = (n, noun) => `${n} ${noun}${n === 1 ? "" : "s"}`;
 const ordinal = (n) => n + (n % 100 > 10 && n % 100 < 14 ? "th" : { 1: "st", 2: "nd", 3: "rd" }[n % 10] || "th");
 const spell = (text, id) => (text === "" ? `⟨${id}⟩` : text.replaceAll("\n", "↵").replaceAll("\t", "⇥"));
-const inRow = (text, id) => spell(text, id).replace(/^ +| +$/g, (s) => "·".repeat(s.length));
+const inRow = (text, id) => (text.trim() || text === "" || /[\n\t]/.test(text) ? spell(text, id).trim() : "·".repeat(text.length));
 
 const SOURCES = {
   first: "the prefill's token",
@@ -85,7 +85,8 @@ class Lane {
   grow() {
     const done = this.spans.length ? this.spans.at(-1).step + 1 : 0;
     for (const step of this.run.steps.slice(done)) {
-      step.tokens.forEach((token, place) => this.add(step, token, place));
+        step.tokens.forEach((token, place) => this.add(step, token, place));
+      if (step.tokens.length) this.spans.at(-1).span.classList.add("last");
     }
   }
 
@@ -96,6 +97,7 @@ class Lane {
       span.textContent = token.text;
       span.classList.add("special");
     }
+    if (!place) span.classList.add("begin");
     span.tabIndex = this.spans.length ? -1 : 0;
     this.spans.push({ span, step: step.index, at: step.at, token, place });
     this.answer.append(span);
@@ -113,8 +115,9 @@ class Lane {
     this.speed.replaceChildren(rate ? rate.toFixed(rate < 100 ? 1 : 0) : "–", make("small", "", "tokens/s"));
     const facts = [count(tokens, "token"), count(forwards, "forward"), `${seconds.toFixed(2)} s`];
     if (forwards) facts.splice(2, 0, `${(tokens / forwards).toFixed(2)} tokens per forward`);
-    this.facts.textContent = facts.join(" · ");
-    this.bar.style.width = `${all ? (100 * tokens) / (this.run.ended ? all : Math.max(all, this.run.expected || 0)) : 0}%`;
+    this.facts.textContent = forwards || this.run.ended ? facts.join(" · ") : this.run.steps.length ? "not yet begun" : this.run.waits || "";
+    const whole = this.run.ended ? all : Math.max(all, this.run.expected || 1);
+    this.bar.style.width = `${whole ? (100 * tokens) / whole : 0}%`;
   }
 
   point(target) {
@@ -161,7 +164,7 @@ function describe({ token, step, place }, run) {
   ];
   const draft = token.source === "draft" ? run.steps[step].drafts[place + 1] : null;
   if (draft && draft.accepted != null) rows.push(["stands with", percent(draft.accepted)]);
-  return { name: spell(token.text, token.id), rows };
+  return { name: spell(token.text, token.id).replace(/^ +| +$/g, (s) => "·".repeat(s.length)), rows };
 }
 
 function showTip(target, { name, rows }) {
@@ -170,8 +173,17 @@ function showTip(target, { name, rows }) {
   for (const [term, value] of rows) list.append(make("dt", "", term), make("dd", "", value));
   tip.replaceChildren(make("b", "", name), list);
   tip.hidden = false;
+  tip.target = target;
   target.setAttribute("aria-describedby", "tip");
-  const box = target.getClientRects()[0] || target.getBoundingClientRect();
+  placeTip();
+}
+
+/** Beside its token; away once that has been scrolled out of sight. */
+function placeTip() {
+  const tip = $("tip");
+  if (tip.hidden) return;
+  const box = tip.target.getClientRects()[0] || tip.target.getBoundingClientRect();
+  if (box.bottom < 0 || box.top > innerHeight) return hideTip();
   const below = box.bottom + 8 + tip.offsetHeight < innerHeight - 70;
   tip.style.left = `${Math.max(8, Math.min(box.left, innerWidth - tip.offsetWidth - 8))}px`;
   tip.style.top = `${below ? box.bottom + 8 : Math.max(8, box.top - tip.offsetHeight - 8)}px`;
@@ -237,7 +249,7 @@ function wentIn(step) {
 
 function cameOut(step) {
   const list = make("ul", "chips");
-  for (const token of step.tokens) list.append(chip(["draft", "leaf"].includes(token.source) ? "stood" : "out", token, { draft: "draft", leaf: "alternative" }[token.source] || token.source));
+  for (const token of step.tokens) list.append(chip(["draft", "leaf"].includes(token.source) ? "stood" : "out", token, { draft: "draft", leaf: "alternative", plain: `AR ${percent(token.ar)}` }[token.source] || `${token.source} · AR ${percent(token.ar)}`));
   return list;
 }
 
@@ -251,7 +263,7 @@ function blocks(step) {
   const list = make("ol", "blocks");
   for (const outcome of step.outcomes) {
     const text = make("span", "text");
-    (outcome.tokens || []).forEach((token, place) => text.append(make("span", place ? "" : "given", inRow(token.text, token.id))));
+    (outcome.tokens || []).forEach((token, place) => text.append(make("span", place ? "" : "given", spell(token.text, token.id))));
     if (!outcome.tokens) text.textContent = "told when the run has ended";
     const name = step.index ? `if ${outcome.accepted} ${outcome.accepted === 1 ? "stands" : "stand"}` : "after the prompt";
     const share = make("span", "share", outcome.probability == null ? "" : percent(outcome.probability));
@@ -309,7 +321,7 @@ function drawLayout() {
   if (!wide) return;
   const left = 52;
   const top = 20;
-  const band = step.prefix ? 34 : 0;
+  const band = step.prefix ? 38 : 0; // the prefix, and a gap
   const size = layout.kinds.length;
   const cell = Math.min((wide - left - band - 2) / size, 22);
   const high = top + cell * size + 2;
@@ -323,32 +335,29 @@ function drawLayout() {
   const of = (slot) => named.find((group) => slot >= group.first && slot < group.end);
   const [clean, own, thrown, line, soft, ink, faint] = ["clean", "own", "thrown", "line", "soft", "ink", "faint"].map(colour);
   const gap = cell > 7 ? 1 : 0;
-  const x = (slot) => left + band + (band ? 4 : 0) * 1 + slot * ((wide - left - band - (band ? 6 : 2)) / size > cell ? cell : (wide - left - band - (band ? 6 : 2)) / size);
-  const width = x(1) - x(0);
+  const snap = (place) => Math.round(place * ratio) / ratio; // whole pixels: neither seams nor blur
+  const x = (slot) => snap(left + band + slot * cell);
+  const y = (slot) => snap(top + slot * cell);
   picture.geometry = { top, cell, size };
   pen.font = "11px system-ui, sans-serif";
   pen.textBaseline = "middle";
   layout.sees.forEach((ranges, slot) => {
     const me = of(slot);
-    const y = top + slot * cell;
-    const tall = Math.max(cell - gap, 0.6);
+    const tall = y(slot + 1) - y(slot) - gap;
     const mask = me.kind === "mask";
     pen.globalAlpha = mask && !me.chosen ? 0.42 : 1;
     if (band && layout.sees_prefix[slot]) {
       pen.fillStyle = clean;
-      pen.fillRect(left, y, band, tall);
+      pen.fillRect(left, y(slot), band - 4, tall);
     }
     for (const [first, end] of ranges) {
       for (let key = first; key < end; key++) {
         const there = of(key);
         pen.fillStyle = there.kind === "mask" ? (me.chosen ? own : thrown) : clean;
         if (there.kind === "mask" && !me.chosen) pen.globalAlpha = 1;
-        if (gap) pen.fillRect(x(key), y, width - gap, tall);
-        else {
-          const stop = Math.min(end, there.end);
-          pen.fillRect(x(key), y, x(stop) - x(key), cell + 0.3);
-          key = stop - 1;
-        }
+        const stop = gap ? key + 1 : Math.min(end, there.end);
+        pen.fillRect(x(key), y(slot), x(stop) - x(key) - gap, tall);
+        key = stop - 1;
         pen.globalAlpha = mask && !me.chosen ? 0.42 : 1;
       }
     }
@@ -358,16 +367,15 @@ function drawLayout() {
   pen.lineWidth = 1;
   let written = -20;
   for (const group of named) {
-    const y = top + group.first * cell;
     if (group.first) {
       pen.beginPath();
-      pen.moveTo(left, y - 0.5);
-      pen.lineTo(x(size), y - 0.5);
+      pen.moveTo(left, y(group.first) - 0.5);
+      pen.lineTo(x(size), y(group.first) - 0.5);
       pen.moveTo(x(group.first) - 0.5, top);
-      pen.lineTo(x(group.first) - 0.5, top + size * cell);
+      pen.lineTo(x(group.first) - 0.5, y(size));
       pen.stroke();
     }
-    const middle = y + ((group.end - group.first) * cell) / 2;
+    const middle = (y(group.first) + y(group.end)) / 2;
     if (middle - written < 12 && !group.chosen) continue;
     written = middle;
     pen.fillStyle = group.chosen ? ink : soft;
@@ -383,7 +391,7 @@ function drawLayout() {
   if (row >= 0 && row < size) {
     pen.strokeStyle = ink;
     pen.lineWidth = 1.5;
-    pen.strokeRect(left - 1, top + row * cell - 0.75, x(size) - left + 2, Math.max(cell, 2) + 1);
+    pen.strokeRect(left - 1, y(row) - 1, x(size) - left + 2, Math.max(cell, 2) + 1);
   }
 }
 
@@ -488,12 +496,13 @@ function showHistogram(run, time, selected) {
 
 /* The view: which runs, which moment, which step ------------------------------------------------------------------ */
 
-const view = { main: null, rival: null, time: Infinity, selected: -1, following: true, frame: 0 };
+const view = { main: null, rival: null, time: Infinity, selected: -1, following: true, frame: 0, due: 0, rounds: false };
 let mainLane;
 let rivalLane;
 
-function setRuns(main, rival) {
-  Object.assign(view, { main, rival, time: Infinity, selected: -1, following: true });
+/** `rounds`: both runs ask for the same tokens, and only rounding can part them. */
+function setRuns(main, rival, rounds) {
+  Object.assign(view, { main, rival, rounds, time: Infinity, selected: -1, following: true });
   stop();
   mainLane.begin(main);
   if (rival) rivalLane.begin(rival);
@@ -501,8 +510,14 @@ function setRuns(main, rival) {
   $("stage").hidden = $("transport").hidden = true;
 }
 
-/** Show what the runs have by now. */
+/** Show what the runs have by now, with the next picture of the screen: forwards may come faster. */
+function soon() {
+  view.due ||= requestAnimationFrame(refresh);
+}
+
 function refresh() {
+  cancelAnimationFrame(view.due);
+  view.due = 0;
   const { main, rival } = view;
   mainLane.grow();
   if (rival) rivalLane.grow();
@@ -530,7 +545,7 @@ function show() {
   scrub.value = Math.max(0, selected);
   const where = `forward ${Math.max(0, selected) + 1} of ${main.steps.length}`;
   scrub.setAttribute("aria-valuetext", where);
-  $("where").textContent = where;
+  $("where").replaceChildren(make("span", "", "forward "), `${Math.max(0, selected) + 1} of ${main.steps.length}`);
   $("previous").disabled = selected <= 0;
   $("next").disabled = selected >= main.steps.length - 1;
 }
@@ -543,7 +558,7 @@ function verdict() {
   const speed = ratio >= 1 ? `TiDAR is ${ratio.toFixed(2)}× as fast here` : `Plain AR is ${(1 / ratio).toFixed(2)}× as fast here`;
   const same = main.token_ids.every((id, i) => id === rival.token_ids[i]) && main.token_ids.length === rival.token_ids.length;
   const apart = main.token_ids.findIndex((id, i) => id !== rival.token_ids[i]);
-  return `${speed}. ${same ? "Token for token the same answer." : `The answers part at token ${(apart < 0 ? main.token_ids.length : apart) + 1}.`}`;
+  return `${speed}. ${same ? "Token for token the same answer." : `The answers part at token ${(apart < 0 ? main.token_ids.length : apart) + 1}${view.rounds ? ", as they may where two logits lie within rounding" : ""}.`}`;
 }
 
 function select(index) {
@@ -631,6 +646,7 @@ function watchTheme() {
     name();
     drawLayout();
   });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", name);
   name();
 }
 
@@ -647,7 +663,7 @@ function start() {
   $("next").addEventListener("click", () => select(view.selected + 1));
   $("play").addEventListener("click", play);
   $("scrub").addEventListener("input", () => select(Number($("scrub").value)));
-  document.addEventListener("scroll", hideTip, { passive: true });
+  document.addEventListener("scroll", placeTip, { passive: true, capture: true });
   watchLayout();
   watchKeys();
   watchTheme();
@@ -659,7 +675,8 @@ function open(trace) {
   $("model").textContent = `${trace.model} · ${trace.device} · ${trace.dtype} · tidar ${trace.tidar}`;
   $("asked").textContent = trace.prompt;
   $("asked").hidden = false;
-  setRuns(runs[0], runs[1] || null);
+  const { temperature, trust } = trace.settings;
+  setRuns(runs[0], runs[1] || null, temperature === 0 && trust === 1 && trace.dtype !== "float32");
   refresh();
 }
 
