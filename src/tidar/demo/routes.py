@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal
@@ -43,9 +44,15 @@ class Run(BaseModel):
     seed: int = 0
 
 
-def demo_router(model: TidarModel, name: str) -> APIRouter:
-    """The routes of the demo for a model that the page calls `name`; to be mounted on the local server's app."""
-    router, desk = APIRouter(prefix="/demo", include_in_schema=False), Desk(model)
+def demo_router(model: TidarModel, name: str, lock: AbstractContextManager[object] | None = None) -> APIRouter:
+    """The demo's routes, to be mounted on a local server's app.
+
+    Args:
+        model: what answers.
+        name: how the page calls it.
+        lock: held during every forward; for a server that decodes with the same model in another thread.
+    """
+    router, desk = APIRouter(prefix="/demo", include_in_schema=False), Desk(model, lock)
 
     @router.get("")
     def without_slash() -> Response:
@@ -90,8 +97,9 @@ class Desk:
     All work on the model happens in one thread, so that a run that is given up has ended before the next one begins.
     """
 
-    def __init__(self, model: TidarModel) -> None:
+    def __init__(self, model: TidarModel, lock: AbstractContextManager[object] | None = None) -> None:
         self.model = model
+        self.lock = lock or nullcontext()
         self.thread = ThreadPoolExecutor(1, "tidar-demo")
         self.turn = asyncio.Lock()
 
@@ -111,12 +119,16 @@ class Desk:
         async with self.turn:
             loop = asyncio.get_running_loop()
             try:
-                while (event := await loop.run_in_executor(self.thread, next, events, None)) is not None:
+                while (event := await loop.run_in_executor(self.thread, self._next, events)) is not None:
                     yield _message({"event": event.event, **asdict(event)})
             except TidarError as error:
                 yield _message({"event": "error", "message": str(error)})
             finally:
                 self.thread.submit(events.close)  # type: ignore[attr-defined]
+
+    def _next(self, events: Iterator[Event]) -> Event | None:
+        with self.lock:
+            return next(events, None)
 
 
 def _message(event: dict[str, Any]) -> str:

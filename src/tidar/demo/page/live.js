@@ -2,7 +2,7 @@
 // The prompt box: asks the server for runs, and tells the viewer what comes.
 
 const EXAMPLES = {
-  "a word problem": "Tom has 5 bags with 7 marbles each. How many marbles does he have?",
+  "a word problem": "There are 12 eggs in a box. How many eggs are in 4 boxes?",
   "some code": "Write a Python function that adds two numbers.",
   "a story": "Write a short story about a lighthouse.",
 };
