@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from playwright.sync_api import Error, Page, expect, sync_playwright
 
 from tidar import TidarModel
-from tidar.decode.trace import Step, gather
+from tidar.decode.record import Step, gather
 from tidar.demo.describe import describe
 from tidar.demo.page import trace_page
 from tidar.demo.routes import demo_router

@@ -11,7 +11,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from tidar import TidarModel
-from tidar.decode.trace import gather
+from tidar.decode.record import gather
 from tidar.demo.page import TYPES, page_file, trace_page
 from tidar.demo.routes import Desk, Run, demo_router
 from tiny import drafting_folder, tiny_folder

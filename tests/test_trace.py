@@ -7,8 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tidar import TidarModel
+from tidar.decode.record import gather
 from tidar.decode.step import Plan, prefill
-from tidar.decode.trace import draw, gather
+from tidar.decode.trace import draw
 from tidar.layout import prefill_layout, step_layout
 from tidar.model.propose import propose
 from tiny import drafting_folder
@@ -126,7 +127,7 @@ def test_probabilities_are_those_of_the_plain_model(model, folder):
 
 def test_sampled_drafts_stand_as_likely_as_the_verifier_says(model):
     steps = traced(model, draft_length=4, temperature=0.9)["steps"]
-    odds = [d["accepted"] for step in steps for d in step["drafts"][1:] if d["verdict"] != "none"]
+    odds = [d["odds"] for step in steps for d in step["drafts"][1:] if d["verdict"] != "none"]
     assert all(0 <= p <= 1 for p in odds)
     assert min(odds) < max(odds)
 

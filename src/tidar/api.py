@@ -14,8 +14,9 @@ from tidar.decode.block_diffusion import BlockDiffusion
 from tidar.decode.engine import Answer, Engine, Limits, Planner, Update
 from tidar.decode.hf import make_custom_generate
 from tidar.decode.planner import AutoPlanner
+from tidar.decode.record import Event
 from tidar.decode.step import Plan
-from tidar.decode.trace import Event, trace
+from tidar.decode.trace import trace
 from tidar.errors import PromptError, TidarError
 from tidar.kernels.draft import ALTERNATIVES
 from tidar.model import hub
@@ -191,7 +192,7 @@ class TidarModel:
             yield from updates
 
     def trace(self, prompt: Prompt, *, mode: Mode = "tidar", **options: object) -> Iterator[Event]:
-        """Answer one prompt, telling what every forward did (see `decode.trace`); options as in `stream`.
+        """Answer one prompt, telling what every forward did (see `decode.record`); options as in `stream`.
 
         The answer is that of `stream`. Forwards run eagerly, which on a GPU is slower.
 

@@ -12,7 +12,7 @@ import typer
 from tidar.api import Mode
 from tidar.cli import options as o
 from tidar.cli.files import check_writable, model_name, write_text
-from tidar.decode.trace import gather
+from tidar.decode.record import gather
 from tidar.demo.describe import describe
 from tidar.demo.page import trace_page
 from tidar.errors import TidarError

@@ -9,14 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from tidar.api import TidarModel
-from tidar.decode.trace import Event
+from tidar.decode.record import Event
 from tidar.demo.describe import describe
 from tidar.demo.page import POLICY, TYPES, page_file
 from tidar.errors import TidarError
@@ -34,7 +34,7 @@ class Run(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    prompt: str
+    prompt: Annotated[str, Field(max_length=1_000_000)]
     mode: Literal["tidar", "ar"] = "tidar"
     draft_length: int | None = None
     outcomes: int | None = None

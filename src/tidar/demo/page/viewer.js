@@ -163,7 +163,7 @@ function describe({ token, step, place }, run) {
     ["AR", percent(token.ar)],
   ];
   const draft = token.source === "draft" ? run.steps[step].drafts[place + 1] : null;
-  if (draft && draft.accepted != null) rows.push(["stands with", percent(draft.accepted)]);
+  if (draft && draft.odds != null) rows.push(["stands with", percent(draft.odds)]);
   return { name: spell(token.text, token.id).replace(/^ +| +$/g, (s) => "·".repeat(s.length)), rows };
 }
 
