@@ -143,26 +143,28 @@ class TracingRunner(Runner):
         self.pictures: list[Picture] = []
         self._thrown: dict[int, _Thrown] = {}
         self._places: dict[tuple, int] = {}
-        self._prompt = 0
+        self.prompt_length = 0
 
     def admit(self, prompts: list[list[int]], rows: list[int], places: list[int], plan: Plan) -> Admitted:
-        self._prompt = len(prompts[0])
+        self.prompt_length = len(prompts[0])
         self.observer = self._observe  # from here on: before, a planner may have measured with this runner
         self.watch.start()
         admitted = super().admit(prompts, rows, places, plan)
+        admitted.tokens()
         self._finish()
         return admitted
 
     def step(self, plan: Plan, rows: int, longest: int) -> Pending:
         pending = super().step(plan, rows, longest)
         if self.steps:
+            pending.arrived()
             self._finish()
         return pending
 
     def token(self, token_id: int) -> Token:
-        return Token(token_id, self._text(token_id))
+        return Token(token_id, self.text(token_id))
 
-    def _text(self, token_id: int) -> str:
+    def text(self, token_id: int) -> str:
         text = str(self.tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
         spelled = self.tokenizer.convert_ids_to_tokens(token_id)
         # Decoded alone, SentencePiece's tokens lose the space that they begin with.
@@ -183,7 +185,7 @@ class TracingRunner(Runner):
             length = int(self.state.drafted[0].clamp(max=step.draft_length))
             sure = [None, *self.state.confidence[0, : length - 1].tolist()]
             ids = self.state.drafts[0, :length].tolist()
-            drafts = [Guess(i, self._text(i), c) for i, c in zip(ids, sure, strict=True)]
+            drafts = [Guess(i, self.text(i), c) for i, c in zip(ids, sure, strict=True)]
             outcomes = [replace(o, tokens=drafts) if o.chosen else o for o in step.outcomes]
             self.steps[-1] = replace(step, at=ended, seconds=ended - before, outcomes=outcomes)
 
@@ -208,7 +210,7 @@ class TracingRunner(Runner):
             none = torch.full_like(first, -1)
             drafts = thrown.plan.propose(self.network, block, logits, first, none, GREEDY, None)
             guesses = [
-                [Guess(i, self._text(i), c) for i, c in zip(ids, [None, *sure], strict=True)]
+                [Guess(i, self.text(i), c) for i, c in zip(ids, [None, *sure], strict=True)]
                 for ids, sure in zip(drafts.drafts.tolist(), drafts.confidence.tolist(), strict=True)
             ]
             outcomes = self.steps[index].outcomes
@@ -252,14 +254,14 @@ class _Reader:
     @property
     def _prompt(self) -> int:
         """Tokens of the prompt among the forward's: all in a prefill, else none."""
-        return 0 if self.index else self.runner._prompt
+        return 0 if self.index else self.runner.prompt_length
 
     def _drafts(self) -> list[Draft]:
         odds = self._odds()
         return [self._draft(i, token, odds[i]) for i, token in enumerate(self.ids)]
 
     def _draft(self, i: int, token: int, odds: float | None) -> Draft:
-        text = self.runner._text(token)
+        text = self.runner.text(token)
         if i == 0:
             return Draft(token, text, "known")
         ar = float(self.ar[i - 1, token])
@@ -290,7 +292,7 @@ class _Reader:
         source: Source = "first" if not self.index else "plain" if not self.plan.drafting else "bonus"
         if self.index and self.accepted < self.drafted:
             source = "correction"
-        return Committed(token, self.runner._text(token), source, float(self.ar[self.accepted - 1, token]))
+        return Committed(token, self.runner.text(token), source, float(self.ar[self.accepted - 1, token]))
 
     def _leaves(self) -> list[Leaf]:
         if self.seen.leaves is None:
@@ -298,7 +300,7 @@ class _Reader:
         tokens, parents = self.seen.leaves.tokens[0].tolist(), self.seen.leaves.parents.tolist()
         hit = int(self.seen.decision.next_token[0]) if int(self.seen.decision.after[0]) >= 0 else None
         return [
-            Leaf(t, self.runner._text(t), p, t == hit and p == self.accepted - 1)
+            Leaf(t, self.runner.text(t), p, t == hit and p == self.accepted - 1)
             for t, p in zip(tokens, parents, strict=True)
         ]
 
