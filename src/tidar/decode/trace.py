@@ -356,7 +356,7 @@ def draw(layout: Layout, prompt: int, leaves: int) -> Picture:
 
 def _ranges(visible: Tensor) -> list[list[tuple[int, int]]]:
     """For each row of [N, N] bool its runs of True, as (first, end)."""
-    edges = torch.nn.functional.pad(visible.int(), (1, 1)).diff(dim=1)
+    edges = torch.nn.functional.pad(visible.to(torch.int8), (1, 1)).diff(dim=1)
     ranges: list[list[tuple[int, int]]] = [[] for _ in range(len(visible))]
     for (row, first), (_, end) in zip((edges == 1).nonzero().tolist(), (edges == -1).nonzero().tolist(), strict=True):
         ranges[row].append((first, end))

@@ -33,10 +33,16 @@ async function* events(response) {
   }
 }
 
+/** Why a request was refused; a server may wrap its reasons. */
+async function reason(response) {
+  const { error } = await response.json().catch(() => ({}));
+  return error?.message || error || `the server refused this (${response.status})`;
+}
+
 /** Ask for a run, and put what it tells into `run`. */
 async function follow(wanted, run, signal) {
   const response = await fetch("run", { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(wanted), signal });
-  if (!response.ok) throw new Refused((await response.json().catch(() => ({}))).error || `the server refused this (${response.status})`);
+  if (!response.ok) throw new Refused(await reason(response));
   for await (const event of events(response)) {
     if (event.event === "error") throw new Refused(event.message);
     if (event.event === "waiting") say("Another run is using the model. Yours begins when it has ended.", true);
