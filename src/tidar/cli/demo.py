@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import socket
 import sys
 from typing import Annotated
@@ -44,7 +46,14 @@ def demo(
     app.get("/", include_in_schema=False)(lambda: RedirectResponse("/demo/"))
     print(f"http://{HOST}:{listening.getsockname()[1]}/demo/   (Ctrl-C stops it)", file=sys.stderr, flush=True)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
+    logging.getLogger("uvicorn.error").addFilter(_is_news)
     uvicorn.Server(config).run(sockets=[listening])
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Ctrl-C ends runs that are under way: uvicorn reports that, and each of them, as an error."""
+    cancelled = record.exc_info is not None and isinstance(record.exc_info[1], asyncio.CancelledError)
+    return not cancelled and "timeout graceful shutdown exceeded" not in record.getMessage()
 
 
 def listen(port: int) -> socket.socket:
