@@ -229,6 +229,8 @@ class _Reader:
         self.ids = state.drafts[0, : self.judged].tolist()
         self.sure = state.confidence[0, : self.judged - 1].tolist()
         self.ar = seen.ar_logits[0].float().softmax(-1)
+        # A prefill's plan may have leaves, but only steps verify any.
+        self.leaf_count = len(self.plan.leaves) if self.index else 0
 
     def step(self) -> Step:
         drafts, following = self._drafts(), self._next()
@@ -242,7 +244,7 @@ class _Reader:
             draft_length=self.plan.draft_length,
             slots=self.layout.size,
             prefix=prefix,
-            layout=self.runner.picture(self.layout, self._prompt, len(self.plan.leaves) if self.index else 0),
+            layout=self.runner.picture(self.layout, self._prompt, self.leaf_count),
             drafts=drafts if self.index else [],
             leaves=self._leaves(),
             accepted=self.accepted if self.index else 0,
@@ -322,10 +324,9 @@ class _Reader:
 
     def _chosen(self) -> int:
         """The block that drafts next, -1 if none does."""
-        clean = self.judged + (len(self.plan.leaves) if self.index else 0)
         if not any(anchor < self.accepted for anchor in self._anchors()):
             return -1
-        return (int(self.seen.decision.masks[0, 0]) - clean) // self.plan.draft_length
+        return (int(self.seen.decision.masks[0, 0]) - self.judged - self.leaf_count) // self.plan.draft_length
 
     def _keep_blocks(self) -> None:
         anchors = self._anchors()
