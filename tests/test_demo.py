@@ -128,6 +128,24 @@ def test_a_second_run_waits_for_its_turn(model):
     asyncio.run(two())
 
 
+def test_a_failure_is_said_before_it_is_raised(model, monkeypatch):
+    def broken(*arguments, **options):
+        raise RuntimeError("out of memory\nand more")
+        yield
+
+    monkeypatch.setattr(model, "trace", broken, raising=False)
+
+    async def one():
+        desk = Desk(model)
+        messages = desk.serve(await desk.begin(Run(prompt="one")))
+        assert events(await anext(messages)) == [{"event": "error", "message": "the server failed: out of memory"}]
+        with pytest.raises(RuntimeError, match="out of memory"):
+            await anext(messages)
+        assert not desk.turn.locked()
+
+    asyncio.run(one())
+
+
 def test_a_lock_is_held_during_forwards_alone(model):
     class Lock:
         held = taken = 0

@@ -19,7 +19,7 @@ from tidar.api import TidarModel
 from tidar.decode.record import Event
 from tidar.demo.describe import describe
 from tidar.demo.page import POLICY, TYPES, page_file
-from tidar.errors import TidarError
+from tidar.errors import TidarError, first_line
 
 HEADERS = {
     "Content-Security-Policy": POLICY,
@@ -123,6 +123,9 @@ class Desk:
                     yield _message({"event": event.event, **asdict(event)})
             except TidarError as error:
                 yield _message({"event": "error", "message": str(error)})
+            except Exception as error:
+                yield _message({"event": "error", "message": f"the server failed: {first_line(error)}"})
+                raise
             finally:
                 self.thread.submit(events.close)  # type: ignore[attr-defined]
 
