@@ -14,7 +14,9 @@ from tidar.decode.block_diffusion import BlockDiffusion
 from tidar.decode.engine import Answer, Engine, Limits, Planner, Update
 from tidar.decode.hf import make_custom_generate
 from tidar.decode.planner import AutoPlanner
+from tidar.decode.record import Event
 from tidar.decode.step import Plan
+from tidar.decode.trace import trace
 from tidar.errors import PromptError, TidarError
 from tidar.kernels.draft import ALTERNATIVES
 from tidar.model import hub
@@ -197,6 +199,20 @@ class TidarModel:
         engine, limits, encode = self._prepare(**options)  # type: ignore[arg-type]
         for updates in engine.run([encode(prompt)], limits):
             yield from updates
+
+    def trace(self, prompt: Prompt, *, mode: Mode = "tidar", **options: object) -> Iterator[Event]:
+        """Answer one prompt, telling what every forward did (see `decode.record`); options as in `stream`.
+
+        The answer is that of `stream`. Forwards run eagerly, which on a GPU is slower.
+
+        Raises:
+            TidarError: for options or prompts that cannot be honoured, and for mode "block-diffusion".
+        """
+        if mode == "block-diffusion":
+            raise TidarError("mode 'block-diffusion' has no drafts to trace: give 'tidar' or 'ar'")
+        engine, limits, encode = self._prepare(mode=mode, **options)  # type: ignore[arg-type]
+        assert isinstance(engine, Engine)
+        return trace(engine, encode(prompt), limits, mode)
 
     def _prepare(
         self,

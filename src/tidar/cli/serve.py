@@ -40,7 +40,7 @@ def serve(
     draft_length: o.DraftLength = None,
     outcomes: o.Outcomes = None,
     alternatives: o.Alternatives = None,
-    plan: o.PlanName = "auto",
+    plan: o.PlanName = None,
     remeasure: o.Remeasure = False,
     device: o.Device = None,
     dtype: o.Dtype = None,
@@ -110,7 +110,7 @@ def _become_vllm(model: str, flags: dict[str, Any], api_key: str | None, mode: s
 
 def _refuse_local(**options: Any) -> None:
     for name, value in options.items():
-        if value is not None and value is not False and value != "auto":
+        if value is not None and value is not False:
             raise TidarError(f"--{name.replace('_', '-')} is an option of --engine local, not of vLLM")
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tidar.decode.cache import ROUND, RowCache
-from tidar.decode.step import Plan, State, StepResult, pack_prompts, prefill, prefill_rows, step
+from tidar.decode.step import Observer, Plan, State, StepResult, pack_prompts, prefill, prefill_rows, step
 from tidar.layout import prefill_layout
 from tidar.model.network import Network
 from tidar.sampling import Logprobs, MixedParams
@@ -90,6 +90,8 @@ class Runner:
     """Forwards that are under way before the first of them is read back."""
     prefill_forwards = 0.1
     """What a prefill costs beside its prompts' own work, in forwards."""
+    observer: Observer | None = None
+    """Is shown every eager forward."""
 
     def __init__(self, network: Network) -> None:
         self.network = network
@@ -118,7 +120,7 @@ class Runner:
     def admit(self, prompts: list[list[int]], rows: list[int], places: list[int], plan: Plan) -> Admitted:
         """Prefill the prompts of job rows `rows` and let them run in `places`."""
         assert self.state is not None
-        joined = prefill(self.network, prompts, rows, plan)
+        joined = prefill(self.network, prompts, rows, plan, self.observer)
         self.state.put_rows(torch.tensor(places, device=self.state.active.device), joined)
         self.active = []  # they are active on the device, whatever was said last
         return Admitted([Pending(joined.drafts[:, 0], joined.logprobs)])
@@ -127,7 +129,7 @@ class Runner:
         """One forward over the first `rows` rows; `longest` is the largest of their lengths, known as nothing lags."""
         assert self.state is not None
         state = self.state.first(rows)
-        return Pending(step(self.network, state, plan, longest).packed, state.logprobs)
+        return Pending(step(self.network, state, plan, longest, self.observer).packed, state.logprobs)
 
 
 def _lasting(plan: Plan) -> bool:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tidar.decode.cache import ROUND, RowCache
 from tidar.kernels.draft import ALTERNATIVES
 from tidar.kernels.judge import Decision, Judged, choose_outcomes, decide, decide_eager
-from tidar.layout import prefill_layout, step_layout
+from tidar.layout import Layout, prefill_layout, step_layout
 from tidar.model.network import Network
 from tidar.model.propose import CANDIDATES, Proposal, propose
 from tidar.sampling import (
@@ -242,6 +243,29 @@ class State:
             self.draft_probs.probs[:, 0] *= (decision.after < 0)[:, None]
 
 
+class Seen(NamedTuple):
+    """What a forward computed, before its drafts are replaced.
+
+    plan, leaves: what it was. state: still with the drafts that were judged; cache.lengths [B] is the prefix.
+    judged: how many drafts there is room for, 1 in a prefill. hidden: [B, judged + A + blocks * K, H] final states of
+    drafts, leaves and outcome blocks. ar_logits, logits: [B, judged + A, V] of the AR half, and those that judged (with
+    trust below 1 another mixture). decision: what follows.
+    """
+
+    plan: Plan
+    leaves: Leaves | None
+    state: State
+    judged: int
+    hidden: Tensor
+    ar_logits: Tensor
+    logits: Tensor
+    decision: Decision
+
+
+Observer = Callable[[Layout, Seen], None]
+"""Is shown every forward of an eager runner, and must change nothing."""
+
+
 @cache
 def _leaf_constants(leaves: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Each leaf's parent, and its place among all alternatives of a row."""
@@ -259,12 +283,15 @@ def point_masses(drafts: Tensor, count: int, vocabulary: int) -> DraftProbs:
 
 
 @torch.inference_mode()
-def prefill(network: Network, prompts: list[list[int]], rows: list[int], plan: Plan) -> State:
+def prefill(
+    network: Network, prompts: list[list[int]], rows: list[int], plan: Plan, observer: Observer | None = None
+) -> State:
     """Run the prompts (token ids, none empty) of job rows `rows`; the state's first drafts are the first new tokens."""
     width = max(map(len, prompts))
     if network.device.type == "cuda":
         width = -(-width // ROUND) * ROUND  # libraries plan anew for every shape
-    return prefill_rows(network, pack_prompts(prompts, rows, plan.params.seed, width).to(network.device), plan)
+    packed = pack_prompts(prompts, rows, plan.params.seed, width).to(network.device)
+    return prefill_rows(network, packed, plan, observer)
 
 
 def pack_prompts(prompts: list[list[int]], rows: list[int], seed: int | Tensor, width: int) -> Tensor:
@@ -274,7 +301,7 @@ def pack_prompts(prompts: list[list[int]], rows: list[int], seed: int | Tensor, 
 
 
 @torch.inference_mode()
-def prefill_rows(network: Network, packed: Tensor, plan: Plan) -> State:
+def prefill_rows(network: Network, packed: Tensor, plan: Plan, observer: Observer | None = None) -> State:
     """`prefill` of prompts that are on the device, see `pack_prompts`. Like a step, it asks the device nothing."""
     ids, lengths, seeds = packed[:, :-2], packed[:, -2], packed[:, -1]
     batch, width = ids.shape
@@ -290,16 +317,20 @@ def prefill_rows(network: Network, packed: Tensor, plan: Plan) -> State:
     # A prefill is a step whose only "draft", the last prompt token, stands.
     state.drafts[:, 0] = ids.gather(1, lengths[:, None] - 1)[:, 0]
     anchors = torch.zeros_like(layout.anchors)
-    _decide(network, state, plan, torch.cat((last[:, None], hidden[:, width:]), 1), 1, anchors, None)
+    hidden = torch.cat((last[:, None], hidden[:, width:]), 1)
+    _decide(network, state, plan, hidden, 1, anchors, None, partial(observer, layout) if observer else None)
     state.cache.lengths.copy_(lengths)
     return state
 
 
 @torch.inference_mode()
-def step(network: Network, state: State, plan: Plan, longest: int | None = None) -> StepResult:
+def step(
+    network: Network, state: State, plan: Plan, longest: int | None = None, observer: Observer | None = None
+) -> StepResult:
     """Judge the state's drafts and draft again, in one forward.
 
-    `longest` is the largest of the cache's lengths, where the caller knows it (see `RowCache.reserve`).
+    `longest` is the largest of the cache's lengths, where the caller knows it (see `RowCache.reserve`). An observer is
+    for forwards that are not captured.
     """
     cache, length = state.cache, plan.draft_length
     # A row that ended may be longer than `longest`: it has no prefix any more, and writes at the front of its slots.
@@ -313,7 +344,8 @@ def step(network: Network, state: State, plan: Plan, longest: int | None = None)
     layout = layout.after(cache.lengths)
     cache.reserve(layout.size, longest)
     hidden = network(tokens, layout, cache, fused=True)
-    result = _decide(network, state, plan, hidden, length, layout.anchors, leaves)
+    show = partial(observer, layout) if observer else None
+    result = _decide(network, state, plan, hidden, length, layout.anchors, leaves, show)
     cache.lengths.add_(result.accepted)
     return result
 
@@ -327,7 +359,14 @@ def _outcomes(state: State, plan: Plan) -> Tensor | range:
 
 
 def _decide(
-    network: Network, state: State, plan: Plan, hidden: Tensor, judged: int, anchors: Tensor, leaves: Leaves | None
+    network: Network,
+    state: State,
+    plan: Plan,
+    hidden: Tensor,
+    judged: int,
+    anchors: Tensor,
+    leaves: Leaves | None,
+    show: Callable[[Seen], None] | None,
 ) -> StepResult:
     """Verify, then draft from the block of the true outcome; sets the state's drafts.
 
@@ -336,6 +375,7 @@ def _decide(
         judged: how many drafts; K, or 1 for a prefill.
         anchors: [B, blocks] the judged draft (0..judged-1) that each block continues, ascending.
         leaves: the step's leaves.
+        show: is given what was computed.
     """
     params, length = plan.params, plan.draft_length
     batch, slots = hidden.shape[:2]
@@ -345,7 +385,7 @@ def _decide(
     most = 288 if hidden.is_cuda else 32 if hidden.dtype == torch.bfloat16 else 0
     everything = plan.drafting and batch * slots <= most
     all_logits = network.head(hidden if everything else hidden[:, :clean])
-    logits = all_logits[:, :clean]
+    logits = ar_logits = all_logits[:, :clean]
     if plan.drafting and params.trust < 1:
         first = all_logits[:, clean::length] if everything else network.head(hidden[:, clean::length])
         logits = torch.cat((mix_trust(logits[:, :judged], first, params.trust), logits[:, judged:]), 1)
@@ -363,6 +403,8 @@ def _decide(
     if plan.logprobs is not None:
         new = decision.result[:, 3 : 3 + judged]
         state.logprobs = log_probabilities(logits[:, :judged], new, plan.logprobs)
+    if show is not None:
+        show(Seen(plan, leaves, state, judged, hidden, ar_logits, logits, decision))
     if not plan.drafting:
         state.drafts[:, 0] = decision.next_token
         state.drafted.fill_(1)
