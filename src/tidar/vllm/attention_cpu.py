@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 
+from tidar.kernels.paged import paged_attention_eager
 from tidar.vllm.step import Visibility
 
 
@@ -51,17 +51,19 @@ class StepAttentionImpl(CPUAttentionBackendImpl):
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
         keys, values = _split(kv_cache)
         visibility: Visibility = attn_metadata.tidar
-        starts, lengths = attn_metadata.query_start_loc.tolist(), attn_metadata.seq_lens.tolist()
-        for request, length in enumerate(lengths):
-            tokens = slice(starts[request], starts[request + 1])
-            if tokens.start == tokens.stop:
-                continue
-            slots = torch.arange(length)
-            block = attn_metadata.block_table[request][slots // keys.shape[2]].long()
-            k, v = (cache[block, :, slots % keys.shape[2]].transpose(0, 1) for cache in (keys, values))
-            q, mask = query[tokens].transpose(0, 1), visibility.dense_mask(tokens, length)
-            result = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale, enable_gqa=True)
-            output[tokens] = result.transpose(0, 1).reshape(output[tokens].shape)
+        paged_attention_eager(
+            query,
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            attn_metadata.block_table,
+            attn_metadata.seq_lens,
+            attn_metadata.query_start_loc,
+            torch.arange(len(attn_metadata.seq_lens)),
+            visibility.enter,
+            visibility.exit,
+            self.scale,
+            output,
+        )
         return output
 
 

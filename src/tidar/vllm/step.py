@@ -31,12 +31,6 @@ class Visibility(NamedTuple):
     slots: int
     all: bool
 
-    def dense_mask(self, tokens: slice, length: int) -> Tensor:
-        """[n, length] bool for a request's n tokens of the step, the last of its `length` ones."""
-        enter, exit_ = self.enter[tokens], self.exit[tokens]
-        own = (enter[None] <= enter[:, None]) & (enter[:, None] < exit_[None])
-        return torch.cat((own.new_ones(len(own), length - len(own)), own), 1)
-
 
 @dataclass
 class Drafts:
