@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,3 +29,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     from models import tiny_checkpoint
 
     yield tiny_checkpoint(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def plain(checkpoint: str) -> dict[str, Any]:
+    """What plain vLLM answers. Engines share process groups, so one has to end before another begins."""
+    from cases import EDGE, PROCESSED, PROMPTS
+    from engines import answers, engine
+
+    from tidar.vllm import Options
+
+    with engine(checkpoint, Options(mode="ar", max_num_seqs=8)) as llm:
+        return {
+            "greedy": answers(llm, PROMPTS, 60),
+            "processed": [answers(llm, PROMPTS[:2], **params) for params in PROCESSED],
+            "edge": answers(llm, EDGE, 100),
+        }

@@ -12,13 +12,15 @@ from tidar.model.drafter import Drafter, DrafterSpec
 VOCABULARY, CONTEXT = 256, 256
 
 
-def tiny_checkpoint(folder: Path, arch: str = "llama", lossless: bool = True, block_size: int = 4) -> str:
+def tiny_checkpoint(
+    folder: Path, arch: str = "llama", lossless: bool = True, block_size: int = 4, vocabulary: int = VOCABULARY
+) -> str:
     """A checkpoint as `save_pretrained(with_base=True)` writes it: lossless with its drafter inside, or all-weights."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         arch,
-        vocab_size=VOCABULARY,
-        hidden_size=64,
+        vocab_size=vocabulary,
+        hidden_size=128,
         intermediate_size=96,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -33,7 +35,7 @@ def tiny_checkpoint(folder: Path, arch: str = "llama", lossless: bool = True, bl
     lm = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME, dtype=torch.float32)
     entry = TidarConfig(block_size=block_size)
     if not lossless:
-        entry = TidarConfig(block_size=block_size, objective="paper", mask_token_id=VOCABULARY - 1)
+        entry = TidarConfig(block_size=block_size, objective="paper", mask_token_id=vocabulary - 1)
         lm.config.tidar = entry.to_dict()
     lm.save_pretrained(folder)
     if lossless:

@@ -22,6 +22,7 @@ from tidar.model.sampler_head import SamplerHead
 from tidar.sampling import SamplingParams
 from tidar.vllm.checkpoint import Checkpoint
 from tidar.vllm.gated import GatedEmbedding, gate_embedding, gate_linear
+from tidar.vllm.twin import share_weights
 
 GREEDY = SamplingParams()
 
@@ -34,7 +35,7 @@ def read_tensors(stored: StoredDrafter) -> dict[str, Tensor]:
 
 
 def install(model: nn.Module, stored: StoredDrafter, tensors: dict[str, Tensor], gate: Tensor) -> None:
-    """Gate the layers of a vLLM model that a drafter adapts, in place.
+    """Gate the layers of a vLLM model that a drafter adapts, in place, or those of its twin.
 
     Args:
         model: a causal LM of vLLM, native or from its Transformers backend.
@@ -44,31 +45,35 @@ def install(model: nn.Module, stored: StoredDrafter, tensors: dict[str, Tensor],
     Raises:
         TidarError: for a layer that this model does not have.
     """
-    modules = dict(model.named_modules())
+    body, prefix = model, ""
+    for twin in getattr(model, "twins", ()):
+        share_weights(twin, model.get_submodule("model"))
+        body, prefix = twin, "model."
+    modules = {prefix + name: module for name, module in body.named_modules()}
     scaling = stored.spec.alpha / stored.spec.rank
     stacked: dict[str, list[tuple[Any, Tensor, Tensor]]] = {}
     for name in tensors:
         if not name.endswith(".lora_A.weight"):
             continue
         stem = name.removesuffix(".lora_A.weight")
-        path, shard = _place(modules, model, stem.removeprefix(PEFT_PREFIX))
+        path, shard = _place(modules, getattr(model, "packed_modules_mapping", {}), stem.removeprefix(PEFT_PREFIX))
         part = shard, tensors[name], tensors[f"{stem}.lora_B.weight"] * scaling
         stacked.setdefault(path, []).append(part)
     for path, parts in stacked.items():
         gate_linear(cast(LinearBase, modules[path]), parts, gate)
-    gate_embedding(input_embedding(model), tensors["mask_embedding"], gate)
+    gate_embedding(input_embedding(body), tensors["mask_embedding"], gate)
 
 
-def _place(modules: dict[str, nn.Module], model: nn.Module, path: str) -> tuple[str, Any]:
+def _place(modules: dict[str, nn.Module], packed: dict[str, list[str]], path: str) -> tuple[str, Any]:
     """The layer of a checkpoint's path: its own, or one that stacks several, and which part of it."""
     if isinstance(modules.get(path), LinearBase):
         return path, None
     parent, _, name = path.rpartition(".")
-    for packed, names in getattr(model, "packed_modules_mapping", {}).items():
-        if name in names and isinstance(modules.get(f"{parent}.{packed}"), LinearBase):
-            shards: Any = ["q", "k", "v"] if packed == "qkv_proj" else range(len(names))
-            return f"{parent}.{packed}", shards[names.index(name)]
-    raise TidarError(f"the drafter adapts {path}, which {type(model).__name__} of vLLM does not have as a linear layer")
+    for stack, names in packed.items():
+        if name in names and isinstance(modules.get(f"{parent}.{stack}"), LinearBase):
+            shards: Any = ["q", "k", "v"] if stack == "qkv_proj" else range(len(names))
+            return f"{parent}.{stack}", shards[names.index(name)]
+    raise TidarError(f"the drafter adapts {path}, which this model of vLLM does not have as a linear layer")
 
 
 def input_embedding(model: nn.Module) -> VocabParallelEmbedding:

@@ -57,7 +57,7 @@ class TidarModelState(DefaultModelState):
         self.buffers.positions[: batch.num_tokens] = batch.positions[: batch.num_tokens]
         if len(rows) < batch.num_reqs:
             self.buffers.fill_plain(batch)
-        self.step = None
+        self.step, self.model.running = None, "drafting" if len(rows) else "plain"
         if not len(rows):
             return self.buffers.visibility(None, 0, 0)
         causal = self.checkpoint.tidar.block_attention == "causal"
@@ -70,6 +70,7 @@ class TidarModelState(DefaultModelState):
         """Full graphs are captured of steps in which all requests draft, by the shape with the most slots."""
         slots = self.curve.longest.slots
         uniform = batch.num_tokens == slots * batch.num_reqs
+        self.model.running = "drafting" if uniform else "plain"
         return self.buffers.visibility(None, batch.num_reqs if uniform else 0, slots if uniform else 0)
 
     def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
@@ -80,6 +81,7 @@ class TidarModelState(DefaultModelState):
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
         inputs = super().prepare_dummy_inputs(num_reqs, num_tokens)
+        self.model.running = "both"
         return {**inputs, "positions": self.buffers.positions[:num_tokens]}
 
 
