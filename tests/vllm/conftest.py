@@ -28,7 +28,7 @@ if installed:
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     from models import tiny_checkpoint
 
-    yield tiny_checkpoint(tmp_path_factory.mktemp("llama"))
+    return tiny_checkpoint(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="session")

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from models import CONTEXT
-from vllm import LLM, SamplingParams
 
 from tidar.kernels.draft import Drafted
 from tidar.vllm import Options, engine_options
+from vllm import LLM, SamplingParams
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True, "detokenize": False}
 
@@ -92,6 +92,8 @@ class Oracle:
             for ahead in range(1, len(judged) + 1):
                 at = start + ahead
                 if text[start:at] == judged[:ahead] and text[at : at + 1] == [token]:
-                    known = [0 if place % 7 == 0 else text[place] for place in range(at + 1, min(at + length, len(text)))]
+                    known = [
+                        0 if place % 7 == 0 else text[place] for place in range(at + 1, min(at + length, len(text)))
+                    ]
                     return [token, *known, *[0] * (length - 1 - len(known))]
         return [token] + [0] * (length - 1)

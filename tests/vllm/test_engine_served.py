@@ -1,13 +1,13 @@
-"""One server: parity with plain decoding by vLLM on the same weights, and nothing lost, doubled or leaked on the way."""
+"""One server: parity with plain decoding by vLLM on the same weights; nothing lost, doubled or leaked on the way."""
 
 import random
 
 import pytest
 from cases import EDGE, PROCESSED, PROMPTS, TIDAR, count, oracle
 from engines import answers, core, engine, free_blocks
-from vllm import SamplingParams
 
 from tidar.vllm import metrics
+from vllm import SamplingParams
 
 
 @pytest.fixture(scope="module")
@@ -47,20 +47,26 @@ def test_context_edge(served, plain):
 def test_switch_and_plain_neighbours(served, plain):
     steps = count(metrics.STEPS)
     off = answers(served, PROMPTS, 60, extra_args={"tidar": False})
-    assert off == plain["greedy"] and count(metrics.STEPS) == steps
+    assert off == plain["greedy"]
+    assert count(metrics.STEPS) == steps
     kinds = [{}, {"extra_args": {"tidar": 0}}, {"logprobs": 2}]
-    asked = [SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True, detokenize=False, **kind) for kind in kinds]
+    asked = [
+        SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True, detokenize=False, **kind) for kind in kinds
+    ]
     outputs = served.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS[:3]], asked, use_tqdm=False)
     assert [list(output.outputs[0].token_ids) for output in outputs] == plain["greedy"][:3]
     assert count(metrics.STEPS) > steps
     told = outputs[2].outputs[0].logprobs
-    assert len(told) == 60 and all(token in entry for token, entry in zip(plain["greedy"][2], told, strict=True))
+    assert len(told) == 60
+    assert all(token in entry for token, entry in zip(plain["greedy"][2], told, strict=True))
 
 
 def test_seeds_repeat(served):
     params = {"temperature": 1.0, "seed": 7}
     first = answers(served, PROMPTS[:2], 40, **params)
-    assert first == answers(served, PROMPTS[:2], 40, **params) != answers(served, PROMPTS[:2], 40, temperature=1.0, seed=8)
+    assert (
+        first == answers(served, PROMPTS[:2], 40, **params) != answers(served, PROMPTS[:2], 40, temperature=1.0, seed=8)
+    )
 
 
 def test_cancellations_leak_nothing(served, plain):
@@ -83,4 +89,5 @@ def test_cancellations_leak_nothing(served, plain):
         answer, expected = got.get(f"r{number}", []), plain["greedy"][number % len(PROMPTS)]
         assert answer == expected if f"r{number}" not in cancelled else answer == expected[: len(answer)]
     assert free_blocks(served) == start
-    assert not core(served).scheduler.running and not core(served).scheduler.waiting
+    assert not core(served).scheduler.running
+    assert not core(served).scheduler.waiting

@@ -8,10 +8,10 @@ from cases import PROMPTS, TIDAR, count, oracle
 from engines import answers, engine, free_blocks
 from models import tiny_checkpoint
 from transformers import AutoModelForCausalLM
-from vllm import SamplingParams
 
 from tidar import sampling
 from tidar.vllm import Options, metrics
+from vllm import SamplingParams
 
 
 def test_prefix_cache_and_chunked_prefill(checkpoint, plain):
@@ -32,9 +32,8 @@ def test_sampling_follows_the_models_distribution(checkpoint, plain):
         for seed in range(draws)
     ]
     options = Options(cuda=False, max_num_seqs=32, curve=((32, 4, 1),))
-    with engine(checkpoint, options) as llm:
-        with oracle(plain).instead(llm):
-            outputs = llm.generate([{"prompt_token_ids": prompt}] * draws, asked, use_tqdm=False)
+    with engine(checkpoint, options) as llm, oracle(plain).instead(llm):
+        outputs = llm.generate([{"prompt_token_ids": prompt}] * draws, asked, use_tqdm=False)
     seen = Counter(tuple(output.outputs[0].token_ids) for output in outputs)
     expected = exact_continuations(checkpoint, prompt, 3, 0.8, 0.1)
     assert seen.keys() <= expected.keys()

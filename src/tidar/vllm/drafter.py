@@ -100,7 +100,9 @@ class DraftHead:
 
     fused = None
 
-    def __init__(self, model: nn.Module, checkpoint: Checkpoint, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: nn.Module, checkpoint: Checkpoint, tensors: dict[str, Tensor], dtype: torch.dtype
+    ) -> None:
         self.embedding, self.lm, self.dtype = input_embedding(model), self, dtype
         self.vocabulary = int(checkpoint.entry["vocab_size"])
         self.device = self.embedding.weight.device

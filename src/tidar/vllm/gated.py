@@ -69,9 +69,8 @@ def gate_linear(layer: LinearBase, parts: Sequence[tuple[Any, Tensor, Tensor]], 
     a = [_share_of_a(layer, a) for _, a, _ in parts]
     b = [_share_of_b(layer, b, shard) for shard, _, b in parts]
     _become(layer, GatedLinear)
-    place = {"device": gate.device, "dtype": gate.dtype}
     # Each part's B fills its own rows only, so side by side they are block-diagonal.
-    _hold(layer, gate=gate, lora_a=torch.cat(a).to(**place), lora_b=torch.cat(b, 1).to(**place))
+    _hold(layer, gate=gate, lora_a=torch.cat(a).to(gate), lora_b=torch.cat(b, 1).to(gate))
 
 
 def _share_of_a(layer: LinearBase, a: Tensor) -> Tensor:

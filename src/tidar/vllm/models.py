@@ -18,12 +18,8 @@ from tidar.vllm.twin import build_twin
 if TYPE_CHECKING:
     from tidar.vllm.state import TidarModelState
 
-    _Base = LlamaForCausalLM
-else:
-    _Base = object
 
-
-class Tidar(_Base):
+class Tidar:
     """Mixin: brings its own model state, which hands the final hidden states of drafting steps to the sampler."""
 
     step_states: Tensor | None = None
@@ -41,17 +37,21 @@ class Tidar(_Base):
         wanted, self.wanted = self.wanted, "logits"
         if wanted != "logits":
             self.step_states = hidden_states
-        return hidden_states if wanted == "states" else super().compute_logits(hidden_states, *args, **kwargs)
+        return hidden_states if wanted == "states" else self.logits(hidden_states, *args, **kwargs)
+
+    def logits(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        return super().compute_logits(*args, **kwargs)  # type: ignore[misc]
 
 
 class Native(Tidar):
     """Mixin for vLLM's own classes: drafting steps run a twin of the layers, see twin.py."""
 
+    model: nn.Module
     running: Literal["plain", "drafting", "both"] = "both"
     """Which layers a forward runs; both while vLLM measures memory, compiles and captures."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         gated = Checkpoint.read(vllm_config.model_config.model).drafter is not None
         wanted = gated and vllm_config.quant_config is None and not current_platform.is_cpu()
         # In a tuple: a submodule's weights would be looked for in the checkpoint.
@@ -66,7 +66,7 @@ class Native(Tidar):
     ) -> Any:
         given, output = (input_ids, positions, intermediate_tensors, inputs_embeds), None
         if self.running != "drafting" or not self.twins:
-            output = super().forward(*given)
+            output = super().forward(*given)  # type: ignore[misc]
         if self.running != "plain":
             for twin in self.twins:
                 output = twin(*given)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -10,18 +10,13 @@ from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from tidar.vllm.settings import curve_of, wants_drafts
 
-if TYPE_CHECKING:
-    _Base = Scheduler
-else:
-    _Base = object
 
-
-class Drafting(_Base):
+class TidarScheduler(Scheduler):
     """Speculative tokens are placeholders for a step's drafts and masks; the worker fills them in.
 
     A request has all of a shape's slots or none of them. It has none, and decodes plainly, while its prompt is being
-    computed, if it asked for that, if it needs what only plain decoding does (see `wants_drafts`), or where the slots do
-    not fit into the model's context or the step's token budget.
+    computed, if it asked for that, if it needs what only plain decoding does (see `wants_drafts`), or where the slots
+    do not fit into the model's context or the step's token budget.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -58,9 +53,5 @@ class Drafting(_Base):
         return stats
 
 
-class TidarScheduler(Drafting, Scheduler):
-    """One step at a time."""
-
-
-class AsyncTidarScheduler(Drafting, AsyncScheduler):
+class AsyncTidarScheduler(TidarScheduler, AsyncScheduler):
     """The next step is scheduled while one is running, as if all of that one's slots were tokens."""

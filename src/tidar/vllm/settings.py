@@ -21,7 +21,9 @@ def curve_of(config: VllmConfig) -> Curve:
     try:
         curve = Curve.parse(entry["tidar"]["curve"])
     except (KeyError, TypeError) as error:
-        raise TidarError(f"additional_config is {entry!r}, without tidar's curve: start it with `tidar serve`") from error
+        raise TidarError(
+            f"additional_config is {entry!r}, without tidar's curve: start it with `tidar serve`"
+        ) from error
     if config.num_speculative_tokens != curve.longest.slots - 1:
         raise TidarError(
             f"canvas_length is {config.num_speculative_tokens}, but the curve's longest step needs "

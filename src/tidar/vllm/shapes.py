@@ -56,7 +56,9 @@ class Curve:
             raise TidarError(f"a curve needs ascending numbers of requests, at least 1, not {limits}")
         for _, (length, outcomes) in self.steps:
             if not 2 <= length <= 128 or not 1 <= outcomes <= length:
-                raise TidarError(f"a step cannot draft {length} tokens for {outcomes} outcomes: 2..128, and 1..{length}")
+                raise TidarError(
+                    f"a step cannot draft {length} tokens for {outcomes} outcomes: 2..128, and 1..{length}"
+                )
         sizes = {shape.slots: shape for _, shape in self.steps}
         if len(sizes) != len({shape for _, shape in self.steps}):
             raise TidarError("two shapes of a curve have the same number of slots: change the outcomes of one")
