@@ -146,6 +146,8 @@ def _run(given: dict[str, Any]) -> None:
         shapes = [Curve.parse(curve).at(count) if curve else PLAIN for count in given["concurrency"]]
         sizes = {count * shape.slots for count, shape in zip(given["concurrency"], shapes, strict=True)}
         own["compilation_config"] = {"cudagraph_capture_sizes": sorted({*sizes, *given["concurrency"]})}
+    else:
+        own["enforce_eager"] = True
     started = time.perf_counter()
     llm = LLM(given["folder"], **{**own, **options, **(given["more"] or {})})
     if given["survival"] is not None and given["mode"] == "tidar":

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 OFF = (False, 0, "false", "0", "off")
+PLAIN_ONLY = ("logprobs", "logprob_token_ids", "thinking_token_budget")
+"""Sampling parameters, not all of which every version has, that make a request decode plainly."""
 ON = (True, 1, "true", "1", "on")
 
 
@@ -45,10 +47,12 @@ def drafting_switch(value: object) -> bool:
 def wants_drafts(request: Request) -> bool:
     """Whether a request may draft: it did not switch drafting off, and all that it asks for is judged draft by draft.
 
-    Log-probabilities and structured output come from plain decoding, where vLLM makes them as it always does.
+    Log-probabilities, structured output and thinking budgets come from plain decoding, where vLLM makes them as ever.
     """
     params = request.sampling_params
-    if params is None or request.use_structured_output or params.logprobs is not None:
+    if params is None or request.use_structured_output:
+        return False
+    if any(getattr(params, name, None) is not None for name in PLAIN_ONLY):
         return False
     value = (params.extra_args or {}).get("tidar", True)
     return (value.lower() if isinstance(value, str) else value) in ON  # `requests.py` has refused what is neither

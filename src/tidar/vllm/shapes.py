@@ -35,6 +35,8 @@ class Shape(NamedTuple):
 PLAIN = Shape(1, 0)
 COSTS = ((1, 1.0), (8, 1.05), (20, 1.07), (40, 1.10), (72, 1.14), (136, 1.25), (272, 1.65), (512, 2.41), (1024, 4.2))
 """(tokens in a forward, its time in units of one token's): Qwen3-8B in bfloat16 on an H100."""
+MOST_TOKENS = 512
+"""Larger steps do not draft: vLLM captures no graphs of them."""
 SURVIVAL = 0.7
 """Guess of the probability that a draft stands, given the ones before it."""
 MARGIN = 1.05
@@ -102,7 +104,7 @@ def choose_curve(
     """For each number of requests the shape with the most expected tokens per second; None if drafting never pays.
 
     The rule: expected tokens of the shape, over what a forward of requests x slots tokens costs. Drafting ends at the
-    first number of requests where no shape beats plain decoding by MARGIN.
+    first number of requests where no shape of up to MOST_TOKENS tokens beats plain decoding by MARGIN.
     """
     longest = max(shape.draft_length for shape in shapes)
     gains = expected_tokens([survival] * (longest - 1), [(*shape, 0) for shape in shapes])
@@ -114,7 +116,8 @@ def choose_curve(
 
     chosen = list[Shape]()
     for requests in range(1, most_requests + 1):
-        rates = [gain / cost(requests * shape.slots) for gain, shape in zip(gains, shapes, strict=True)]
+        sizes = [requests * shape.slots for shape in shapes]
+        rates = [gain / cost(n) if n <= MOST_TOKENS else 0.0 for gain, n in zip(gains, sizes, strict=True)]
         best = int(np.argmax(rates))
         if rates[best] * cost(requests) < MARGIN:
             break

@@ -96,6 +96,8 @@ def check_supported(config: VllmConfig) -> None:
         "data parallelism inside one server": parallel.data_parallel_size > 1,
         "a quantised KV cache": config.cache_config.cache_dtype.startswith("fp8"),
         "prompt embeddings": config.model_config.enable_prompt_embeds,
+        "returning sampling masks": getattr(config.model_config, "return_sampling_mask", False),
+        "replaying traces": getattr(config.model_config, "enable_trace_replay", False),
     }
     for name, wanted in refused.items():
         if wanted:
