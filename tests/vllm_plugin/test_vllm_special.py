@@ -8,10 +8,10 @@ from cases import PROMPTS, TIDAR, count, oracle
 from engines import answers, engine, free_blocks
 from models import tiny_checkpoint
 from transformers import AutoModelForCausalLM
+from vllm import SamplingParams
 
 from tidar import sampling
 from tidar.vllm import Options, metrics
-from vllm import SamplingParams
 
 
 def test_prefix_cache_and_chunked_prefill(checkpoint, plain):

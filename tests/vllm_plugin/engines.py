@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from models import CONTEXT
+from vllm import LLM, SamplingParams
 
 from tidar.kernels.draft import Drafted
 from tidar.vllm import Options, engine_options
-from vllm import LLM, SamplingParams
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True, "detokenize": False}
 
