@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from tidar.bench import serving, shapes
 from tidar.errors import TidarError
 from tidar.vllm import Options, arguments, engine_options, hooks
 from tidar.vllm.requests import check_body
@@ -105,3 +106,14 @@ def test_who_drafts(asked, drafts):
     params = SimpleNamespace(**{"extra_args": None, "logprobs": None, **asked})
     assert wants_drafts(SimpleNamespace(sampling_params=params, use_structured_output=False)) == drafts
     assert not wants_drafts(SimpleNamespace(sampling_params=params, use_structured_output=True))
+
+
+def test_benchmark_on_random_weights(tmp_path, monkeypatch):
+    kind, sizes = shapes.RANDOM["random:smollm2-135m"]
+    monkeypatch.setitem(shapes.RANDOM, "random:smollm2-135m", (kind, {**sizes, "num_hidden_layers": 1}))
+    folder = serving.write_random("random:smollm2-135m", tmp_path)
+    assert engine_options(folder, Options(cuda=True))["hf_overrides"] == {"architectures": ["TidarLlamaForCausalLM"]}
+    with pytest.raises(TidarError, match="share of drafts"):
+        next(serving.measure(serving.Load("random:smollm2-135m")))
+    with pytest.raises(TidarError, match="several GPUs"):
+        next(serving.measure(serving.Load(folder, survival=0.5, more={"tensor_parallel_size": 2})))

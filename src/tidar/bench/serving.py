@@ -59,6 +59,10 @@ def measure(load: Load, modes: Sequence[str] = MODES) -> Iterator[dict[str, Any]
         raise TidarError("random weights draft nothing useful: say which share of drafts is to stand")
     if load.survival is not None and not 0 <= load.survival <= 1:
         raise TidarError(f"survival is {load.survival}, but must be in [0, 1]")
+    if load.survival is not None and (load.more or {}).get("tensor_parallel_size", 1) > 1:
+        raise TidarError(
+            "drafts are made to stand in one process: on several GPUs, use a checkpoint and its own drafts"
+        )
     result: dict[str, Any] = {"load": asdict(load), "rows": []}
     with tempfile.TemporaryDirectory(prefix="tidar-serving-") as scratch:
         folder = write_random(load.model, Path(scratch)) if load.model in RANDOM else load.model
@@ -122,11 +126,11 @@ def _run(given: dict[str, Any]) -> None:
 
     register()
     import torch
-
     import vllm
+    from vllm import LLM
+
     from tidar.vllm import Options, engine_options
     from tidar.vllm.shapes import PLAIN, Curve
-    from vllm import LLM
 
     most = max(given["concurrency"])
     chosen = {key: given[key] for key in ("draft_length", "outcomes", "curve")} if given["mode"] == "tidar" else {}
@@ -167,7 +171,7 @@ def one(llm: Any, given: dict[str, Any], concurrency: int, rounds: int, new: int
     engine, draw = llm.llm_engine, random.Random(concurrency)
     vocabulary = llm.llm_engine.model_config.get_vocab_size()
     params = SamplingParams(temperature=0.0, max_tokens=new or given["new"], ignore_eos=True, detokenize=False)
-    sent, first, tokens, steps = dict[str, float](), dict[str, float](), 0, 0
+    sent, first, tokens, gains = dict[str, float](), dict[str, float](), 0, 0
     ended = dict[str, float]()
     waiting = [f"{concurrency}-{time.monotonic_ns()}-{number}" for number in range(concurrency * rounds)]
 
@@ -182,7 +186,7 @@ def one(llm: Any, given: dict[str, Any], concurrency: int, rounds: int, new: int
         send()
     while engine.has_unfinished_requests():
         outputs, now = engine.step(), time.perf_counter()
-        steps += 1
+        gains += len(outputs)
         for output in outputs:
             first.setdefault(output.request_id, now)
             if output.finished:
@@ -196,7 +200,7 @@ def one(llm: Any, given: dict[str, Any], concurrency: int, rounds: int, new: int
         "tokens_per_s": round(tokens / seconds, 1),
         "ttft_ms": round(statistics.median(first[name] - sent[name] for name in first) * 1e3, 1),
         "ms_per_token": round(statistics.median(each), 3),
-        "steps": steps,
+        "tokens_per_step": round(tokens / gains, 3),
         "tokens": tokens,
     }
 

@@ -172,9 +172,10 @@ def bench_serve(
         model, requests, prompt, max_new_tokens, rounds, survival, draft_length, outcomes, curve=None, more=more
     )
     result = _kept(serving.measure(load), out)
-    table = Table("requests", "", "tokens/s", "first ms", "ms/token", title=model)
+    table = Table("requests", "", "tokens/s", "first ms", "ms/token", "tokens/step", title=model)
     for row in sorted(result["rows"], key=lambda row: row["concurrency"]):
-        numbers = (f"{row['tokens_per_s']:,.0f}", f"{row['ttft_ms']:.0f}", f"{row['ms_per_token']:.2f}")
+        times = (f"{row['tokens_per_s']:,.0f}", f"{row['ttft_ms']:.0f}", f"{row['ms_per_token']:.2f}")
+        numbers = (*times, f"{row['tokens_per_step']:.2f}")
         table.add_row(str(row["concurrency"]), row["mode"], *numbers)
     Console().print(table)
 
