@@ -138,7 +138,7 @@ class OpenAISuite:
         said = choice.logprobs
         assert len(said.tokens) == len(said.token_logprobs) == len(said.top_logprobs) == len(said.text_offset)
         for chosen, likeliest in zip(said.token_logprobs, said.top_logprobs, strict=True):
-            assert chosen == pytest.approx(max(likeliest.values()), abs=1e-3)  # greedy
+            assert chosen >= max(likeliest.values()) - 1e-3  # greedy; of tokens with the same text one is told
             assert chosen <= 0
 
     def test_log_probabilities_of_a_chat(self, served):

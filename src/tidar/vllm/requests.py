@@ -1,4 +1,4 @@
-"""What a request may say about drafting, checked before vLLM sees it: a 400 that names what cannot be honoured.
+"""What a request may say, checked before vLLM sees it: a 400 that names what cannot be honoured.
 
 vLLM drops fields of a body that it does not know. So "tidar" in the body (what `extra_body={"tidar": false}` sends) is
 moved to where vLLM hands it on, and what nobody would honour is refused.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, get_type_hints
 
 from tidar.errors import TidarError
 from tidar.vllm.settings import drafting_switch
@@ -24,21 +24,36 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 
-def check_body(body: dict[str, Any]) -> dict[str, Any]:
-    """The body as vLLM should see it. Raises TidarError for what cannot be honoured."""
-    named = [name for name in ONLY_LOCAL if name in body or name in (body.get("vllm_xargs") or {})]
-    if named:
-        raise TidarError(f"{', '.join(named)}: fixed when the server starts, and not for each request")
+class RefusedError(TidarError):
+    """A parameter that cannot be honoured."""
+
+    def __init__(self, param: str, reason: str) -> None:
+        super().__init__(reason)
+        self.param = param
+
+
+def check_body(body: dict[str, Any], known: frozenset[str] | None = None) -> dict[str, Any]:
+    """The body as vLLM should see it; `known` are the fields that vLLM has. Raises RefusedError."""
     extra = body.get("vllm_xargs") or {}
     if not isinstance(extra, dict):
-        raise TidarError("vllm_xargs must be an object")
+        raise RefusedError("vllm_xargs", "vllm_xargs must be an object")
+    for name in ONLY_LOCAL:
+        if name in body or name in extra:
+            raise RefusedError(name, f"{name} is fixed when the server starts, and not for each request")
+    for name, value in body.items():
+        if known is not None and value is not None and name not in {SWITCH, *known}:
+            raise RefusedError(name, f"parameter '{name}' is not supported: vLLM would ignore it")
     given = [place[SWITCH] for place in (body, extra) if SWITCH in place]
     if not given:
         return body
-    if len({drafting_switch(value) for value in given}) > 1:
-        raise TidarError("tidar is given twice, once as true and once as false")
+    try:
+        wanted = {drafting_switch(value) for value in given}
+    except TidarError as error:
+        raise RefusedError(SWITCH, str(error)) from error
+    if len(wanted) > 1:
+        raise RefusedError(SWITCH, "tidar is given twice, once as true and once as false")
     # vLLM's own check of vllm_xargs knows no truth values.
-    passed = {**extra, SWITCH: int(drafting_switch(given[0]))}
+    passed = {**extra, SWITCH: int(wanted.pop())}
     return {**{name: value for name, value in body.items() if name != SWITCH}, "vllm_xargs": passed}
 
 
@@ -61,9 +76,9 @@ class CheckRequests:
             body = None  # vLLM says what is wrong with it
         if isinstance(body, dict):
             try:
-                checked = check_body(body)
-            except TidarError as error:
-                await _refuse(send, str(error))
+                checked = check_body(body, known_fields(scope))
+            except RefusedError as error:
+                await _refuse(send, error)
                 return
             if checked is not body:
                 raw = json.dumps(checked).encode()
@@ -96,8 +111,19 @@ def _replay(raw: bytes, receive: Receive) -> Receive:
     return again
 
 
-async def _refuse(send: Send, reason: str) -> None:
-    error = {"message": reason, "type": "BadRequestError", "param": SWITCH, "code": 400}
+def known_fields(scope: Scope) -> frozenset[str] | None:
+    """Names of the body's fields that the endpoint of a request has; None where it cannot be told."""
+    for route in getattr(scope.get("app"), "routes", []):
+        if getattr(route, "path", None) == scope["path"] and "POST" in (route.methods or ()):
+            model = get_type_hints(route.endpoint).get("request")
+            fields = getattr(model, "model_fields", None)
+            if fields:
+                return frozenset(fields) | {str(field.alias) for field in fields.values() if field.alias}
+    return None
+
+
+async def _refuse(send: Send, reason: RefusedError) -> None:
+    error = {"message": str(reason), "type": "BadRequestError", "param": reason.param, "code": 400}
     text = json.dumps({"error": error}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(text)).encode())]
     await send({"type": "http.response.start", "status": 400, "headers": headers})
