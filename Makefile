@@ -5,13 +5,17 @@ TORCH ?= torch==2.13.0
 PIP := $(VENV)/bin/python -m pip install -q --disable-pip-version-check
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint gpu-check clean
+.PHONY: demo test lint docs gpu-check clean
 
 demo: $(STAMP)
 	$(VENV)/bin/python examples/demo.py
 
 test: lint
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -n auto
+
+# The documentation as a site: build/site. Nothing in it is loaded from elsewhere.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
