@@ -1,4 +1,4 @@
-"""Generated pages and pictures are what their scripts make; the site builds strictly and loads nothing from elsewhere."""
+"""Generated pages and pictures are what their scripts make; the site is built strictly and loads nothing from afar."""
 
 import importlib
 import math
