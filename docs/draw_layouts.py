@@ -26,6 +26,7 @@ K, PREFIX, SEQUENCE = 3, 3, 9
 LEAF = "#d0618d"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 COLUMN, ROW, GAP, LEFT, TOP, MARGIN, NOTE = 36, 25, 10, 70, 132, 30, 190
+NARROWEST = 640  # so that small pictures are not blown up
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def picture(title: str, layout: Layout, groups: Sequence[Group]) -> str:
     keys = [*cached, *groups]
     xs, right = places([len(group.letters) for group in keys], LEFT, COLUMN)
     ys, bottom = places([len(group.letters) for group in groups], TOP, ROW)
-    width, height = right + NOTE, bottom + MARGIN
+    width, height = max(right + NOTE, NARROWEST), bottom + MARGIN
     positions = [*range(prefix), *layout.position[0].tolist()]
     colours = [group.colour for group in keys for _ in group.letters]
     letters = "".join(group.letters for group in keys)
