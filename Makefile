@@ -5,13 +5,18 @@ TORCH ?= torch==2.13.0
 PIP := $(VENV)/bin/python -m pip install -q --disable-pip-version-check
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint docs gpu-check clean
+.PHONY: demo test test-browser lint docs gpu-check clean
 
 demo: $(STAMP)
 	$(VENV)/bin/python examples/demo.py
 
 test: lint
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -n auto
+
+# The demo page in a real browser: Chromium from the PATH (or $$CHROMIUM), else what `playwright install` has fetched.
+test-browser: $(STAMP)
+	$(PIP) playwright
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest tests/browser_check.py
 
 # The documentation as a site: build/site. Nothing in it is loaded from elsewhere.
 docs: $(STAMP)

@@ -22,6 +22,7 @@ from tidar.decode import block_diffusion, engine
 from tidar.decode.block_diffusion import BlockDiffusion, Denoiser
 from tidar.decode.engine import Engine, Limits
 from tidar.decode.planner import AutoPlanner
+from tidar.decode.record import gather
 from tidar.decode.runner import Runner
 from tidar.decode.step import Plan
 from tidar.errors import TidarError
@@ -144,6 +145,20 @@ def check_block_diffusion() -> None:
             assert same >= 4, "captured forwards decode something else"
 
 
+def check_trace() -> None:
+    """Forwards that are looked at run eagerly, and say what captured ones say."""
+    try:
+        model = TidarModel.from_pretrained("smollm2-135m", dtype="float32")
+    except TidarError:
+        return
+    for options in ({"draft_length": 8}, {"draft_length": 16, "outcomes": 6, "alternatives": 8}, {"mode": "ar"}):
+        answer = model.generate(TEXTS[0], max_new_tokens=64, **options)
+        run = gather(model.trace(TEXTS[0], max_new_tokens=64, **options))
+        assert run["token_ids"] == answer.token_ids, "a trace says something else"
+        assert all(outcome["tokens"] for step in run["steps"] for outcome in step["outcomes"])
+        print(f"trace {options}: {run['forwards']} forwards, the engine's own {answer.forwards}", flush=True)
+
+
 def main() -> None:
     assert torch.cuda.is_available(), "this needs a CUDA GPU"
     torch.set_float32_matmul_precision("highest")  # float32 parity means float32, whatever the environment says
@@ -167,6 +182,7 @@ def main() -> None:
     for kind in KINDS:
         check_parity("bfloat16", (Plan(1), Plan(8), Plan(16, outcomes=6)), kind)
     check_block_diffusion()
+    check_trace()
     network = shapes.build("random:smollm2-135m", True, None, None)
     for length, outcomes, alternatives in slots.STEPS:
         plan = Plan(length, outcomes=outcomes, alternatives=alternatives)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tidar import TidarError, TidarModel
 from tidar.decode.costs import Costs
 from tidar.decode.engine import Engine, Limits
 from tidar.decode.planner import (
@@ -424,3 +425,22 @@ def test_costs_that_cannot_be_kept_are_no_error(tmp_path, monkeypatch, capsys):
     assert costs.of([Plan(1), Plan(2, outcomes=1)], 1)
     costs.save()
     assert capsys.readouterr().err.count("cannot be kept") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "ar", "draft_length": 4}, "mode 'ar' drafts nothing"),
+        ({"mode": "ar", "plan": "auto"}, "mode 'ar' drafts nothing"),
+        ({"mode": "ar", "remeasure": True}, "mode 'ar' drafts nothing"),
+        ({"draft_length": 4, "plan": "auto"}, "fix the plan"),
+        ({"outcomes": 2, "remeasure": True}, "fix the plan"),
+        ({"trust": 0.5, "plan": "auto"}, "fix the plan"),
+        ({"plan": "best"}, "must be 'auto' or 'fixed'"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(options, message):
+    options = dict(options)
+    params = SamplingParams(trust=options.pop("trust", 1.0))
+    with pytest.raises(TidarError, match=message):
+        TidarModel(network_of("llama"), None).plan(params=params, **options)

@@ -1,6 +1,7 @@
 """What captured graphs are asked to do, with stand-ins that run the same functions on the CPU."""
 
 from collections.abc import Iterator
+from queue import Queue
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tidar.decode import runner as module
 from tidar.decode.cache import RowCache
-from tidar.decode.engine import Engine, Limits
+from tidar.decode.engine import Engine, Fixed, Limits
 from tidar.decode.planner import AutoPlanner
-from tidar.decode.runner import CAPACITY, LONGEST, MOST_SLOTS, GraphRunner, cut
+from tidar.decode.runner import CAPACITY, LONGEST, MOST_SLOTS, GraphRunner, Runner, cut
 from tidar.decode.step import Plan, State, pack_prompts, prefill, prefill_rows, step
-from tidar.sampling import SamplingParams
+from tidar.sampling import MixedParams, SamplingParams
+from tidar.serve.loop import Job, Loop
+from tidar.serve.metrics import Metrics
 from tiny import CONTEXT, PROMPTS, continuations, network_of, tiny_network
 
 SAMPLED = SamplingParams(temperature=0.8, seed=3)
@@ -41,8 +44,8 @@ class Replayed(GraphRunner):
 class Copied(module.Pending):
     """As on a GPU, the next replay does not change it."""
 
-    def __init__(self, packed: torch.Tensor) -> None:
-        super().__init__(packed.clone())
+    def __init__(self, packed: torch.Tensor, *others: object) -> None:
+        super().__init__(packed.clone(), *others)
 
 
 @pytest.fixture(autouse=True)
@@ -227,3 +230,32 @@ def test_a_state_is_replaced_only_by_one_that_can_do_more():
 def test_room_does_not_grow_past_the_context():
     runner = Replayed(network_of("llama"))
     assert runner.prepare(1, CAPACITY + 1, Plan(4)).cache.capacity == CONTEXT + CAPACITY
+
+
+def test_a_server_replays_what_lasts_and_runs_the_rest(monkeypatch):
+    """Greedy and mixed batches, rows that come and go: each row is what the engine answers, and greedy steps replay."""
+    network = network_of("llama")
+    replayed = Replayed(network)
+    monkeypatch.setattr("tidar.serve.loop.runner_for", lambda network: replayed)
+    loop = Loop(network, None, Fixed(Plan(4)), rows=3, waiting=99, context=CONTEXT, metrics=Metrics())  # type: ignore[arg-type]
+    answers = list[tuple[Job, Queue]]()
+    kinds = [*[SamplingParams()] * 5, SAMPLED, SamplingParams(), SamplingParams(1.0, top_k=9, seed=1), SAMPLED, SAMPLED]
+    for params, prompt in zip(kinds, PROMPTS * 2, strict=True):
+        pieces = Queue()
+        answers.append((Job(prompt, Limits(20), params, pieces.put, logprobs=1 if params.top_k else None), pieces))
+    loop.start()
+    loop.submit([job for job, _ in answers])
+    said = list[list[int]]()
+    for _, pieces in answers:
+        tokens, reason = [], None
+        while reason is None:
+            piece = pieces.get(timeout=30)
+            assert not piece.failed
+            tokens, reason = tokens + piece.token_ids, piece.finish_reason
+        said.append(tokens)
+    loop.stop()  # before anybody else decodes with its network
+    for (job, _), tokens in zip(answers, said, strict=True):
+        alone = Engine(network, Plan(4, job.params), runner=Runner(network)).run([job.prompt], Limits(20))
+        assert tokens == [token for [update] in alone for token in update.token_ids]
+    assert any("a step of 20 slots x 4 rows" in made for made in replayed.made)
+    assert all(not isinstance(key[0].params, MixedParams) and key[0].logprobs is None for key in replayed.graphs)

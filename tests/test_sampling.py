@@ -13,12 +13,14 @@ from tidar.errors import TidarError
 from tidar.sampling import (
     DraftProbs,
     Leaves,
+    MixedParams,
     SamplingParams,
     accept_greedy,
     accept_sampled,
     draw,
     mix_trust,
     row_seeds,
+    together,
     uniforms,
     verify,
 )
@@ -257,3 +259,43 @@ def test_impossible_parameter_is_named_in_one_line(name, value):
     with pytest.raises(TidarError, match=rf"^{name} is {value}\b.*$") as error:
         SamplingParams(**{name: value})
     assert "\n" not in str(error.value)
+
+
+def test_rows_together_are_sampled_as_each_alone():
+    kinds = [
+        SamplingParams(),
+        SamplingParams(0.7, top_k=5),
+        SamplingParams(1.3, top_p=0.6),
+        SamplingParams(0.7, top_k=5),
+    ]
+    logits = torch.randn(4, 3, 50)
+    mixed = together(kinds)
+    assert isinstance(mixed, MixedParams)
+    assert not mixed.greedy
+    probs = mixed.probabilities(logits)
+    for row, params in enumerate(kinds):
+        assert torch.equal(probs[row], params.probabilities(logits[row]))
+    assert torch.equal(probs[0], torch.nn.functional.one_hot(logits[0].argmax(-1), 50).float())
+    assert torch.equal(probs, mixed.unseeded.probabilities(logits))
+
+
+def test_rows_that_agree_need_no_mixture():
+    assert together([SamplingParams(seed=1), SamplingParams(top_k=3, seed=2)]) == SamplingParams()
+    assert together([SamplingParams(0.5, seed=1)] * 2) == SamplingParams(0.5, seed=1)
+    seeds = together([SamplingParams(0.5, seed=1), SamplingParams(0.5, seed=2)]).seed
+    assert torch.equal(
+        row_seeds(seeds, torch.tensor([3, 4])),
+        torch.cat([row_seeds(seed, torch.tensor([row])) for seed, row in ((1, 3), (2, 4))]),
+    )
+
+
+def test_greedy_rows_among_sampled_ones_stay_greedy():
+    """Whatever their drafts were drawn from, and whatever noise there is."""
+    logits, drafts = torch.randn(200, 4, 10), torch.randint(10, (200, 4))
+    drafts[:100, 1:] = logits[:100, :-1].argmax(-1)
+    weights = torch.rand(200, 3, 10).softmax(-1)
+    weights[::3] = torch.nn.functional.one_hot(drafts[::3, 1:], 10).float()
+    mixed = together([SamplingParams()] * 199 + [SamplingParams(1.0)])
+    verdict = verify(mixed, logits, drafts, everywhere(weights), torch.rand(200, 5, dtype=torch.float64))
+    for got, wanted in zip(verdict, accept_greedy(logits.argmax(-1), drafts), strict=True):
+        assert torch.equal(got[:199], wanted[:199])

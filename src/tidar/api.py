@@ -14,7 +14,9 @@ from tidar.decode.block_diffusion import BlockDiffusion
 from tidar.decode.engine import Answer, Engine, Limits, Planner, Update
 from tidar.decode.hf import make_custom_generate
 from tidar.decode.planner import AutoPlanner
+from tidar.decode.record import Event
 from tidar.decode.step import Plan
+from tidar.decode.trace import trace
 from tidar.errors import PromptError, TidarError
 from tidar.kernels.draft import ALTERNATIVES
 from tidar.model import hub
@@ -23,6 +25,7 @@ from tidar.prompts import Message, Prompt, encode_prompt
 from tidar.sampling import DEFAULT_DECODER, Reveal, SamplingParams
 
 Mode = Literal["tidar", "ar", "block-diffusion"]
+DRAFTING = "draft length, outcomes, alternatives, plan and remeasure"
 
 
 class TidarModel:
@@ -62,42 +65,50 @@ class TidarModel:
         draft_length: int | None = None,
         params: SamplingParams | None = None,
         outcomes: int | None = None,
-        plan: Literal["auto", "fixed"] = "auto",
+        plan: Literal["auto", "fixed"] | None = None,
         remeasure: bool = False,
         alternatives: int | None = None,
     ) -> Plan | Planner:
         """What a run's forwards do.
 
         Args:
-            mode: "ar" for plain decoding.
+            mode: "ar" for plain decoding, which none of the other options but `params` goes with.
             draft_length: K. Naming it (or `outcomes` or `alternatives`) fixes the plan.
             params: how tokens are chosen.
             outcomes: outcome blocks drafted in each forward, the likeliest; default all K.
             plan: "auto" chooses all three by measured cost and observed acceptance; "fixed" takes the block size of
-                training, all outcomes and no alternatives.
-            remeasure: measure the costs of this machine again.
+                training, all outcomes and no alternatives. Default "auto" if none of them is named.
+            remeasure: measure the costs of this machine again ("auto").
             alternatives: next best tokens that are verified beside the drafts (see `decode.step.Plan`).
         """
         if mode == "block-diffusion":
             raise TidarError("mode 'block-diffusion' has no drafts to plan: decode with `generate` or `stream`")
         if mode not in ("tidar", "ar"):
             raise TidarError(f"mode is {mode!r}, but must be 'tidar', 'ar' or 'block-diffusion'")
-        if plan not in ("auto", "fixed"):
+        if plan not in (None, "auto", "fixed"):
             raise TidarError(f"plan is {plan!r}, but must be 'auto' or 'fixed'")
         most = min(MAX_DRAFT, self.network.max_positions or MAX_DRAFT)
         for name, value in (("draft length", draft_length), ("outcomes", outcomes)):
             if value is not None and not 1 <= value <= most:
                 raise TidarError(f"{name} is {value}, but must be between 1 and {most} for this model")
         params = params or SamplingParams()
+        named = any(value is not None for value in (draft_length, outcomes, alternatives))
         if mode == "ar":
             if params.trust < 1:
                 raise TidarError("trust below 1 asks the drafter, which mode 'ar' does not run: leave one of them out")
+            if named or plan is not None or remeasure:
+                raise TidarError(f"mode 'ar' drafts nothing: {DRAFTING} are options of mode 'tidar'")
             return Plan(1, params)
         length = draft_length or (self.config.block_size if self.config is not None else 8)
         self._check_alternatives(alternatives, length, params)
         # Trust judges every draft by a block of its own, so there is nothing to choose.
-        chosen = params.trust < 1 or any(value is not None for value in (draft_length, outcomes, alternatives))
-        if plan == "auto" and not chosen and self.network.can_draft:
+        fixed = named or params.trust < 1
+        if fixed and (plan == "auto" or remeasure):
+            raise TidarError(
+                "draft length, outcomes, alternatives and trust below 1 fix the plan: leave them or plan 'auto' out "
+                "(and remeasure, which is for it)"
+            )
+        if plan != "fixed" and not fixed and self.network.can_draft:
             return AutoPlanner(params, remeasure)
         return Plan(length, params, outcomes, alternatives or 0)
 
@@ -120,10 +131,10 @@ class TidarModel:
                     f"decoder is {decoder!r}, but mode {mode!r} has none: it is an option of 'block-diffusion'"
                 )
             return Engine(self.network, self.plan(mode, params=params, **planning), self.tokenizer)
-        if any(planning.get(name) is not None for name in ("draft_length", "outcomes", "alternatives")):
+        if any(planning.values()) or planning.get("alternatives") is not None:
             raise TidarError(
-                "draft length, outcomes and alternatives are options of mode 'tidar': block diffusion decodes "
-                "blocks of the size that it was trained with, without drafts"
+                f"{DRAFTING} are options of mode 'tidar': block diffusion decodes blocks of the size that it was "
+                "trained with, without drafts"
             )
         return BlockDiffusion(self.network, Reveal.parse(decoder or DEFAULT_DECODER), params, self.tokenizer)
 
@@ -189,6 +200,20 @@ class TidarModel:
         for updates in engine.run([encode(prompt)], limits):
             yield from updates
 
+    def trace(self, prompt: Prompt, *, mode: Mode = "tidar", **options: object) -> Iterator[Event]:
+        """Answer one prompt, telling what every forward did (see `decode.record`); options as in `stream`.
+
+        The answer is that of `stream`. Forwards run eagerly, which on a GPU is slower.
+
+        Raises:
+            TidarError: for options or prompts that cannot be honoured, and for mode "block-diffusion".
+        """
+        if mode == "block-diffusion":
+            raise TidarError("mode 'block-diffusion' has no drafts to trace: give 'tidar' or 'ar'")
+        engine, limits, encode = self._prepare(mode=mode, **options)  # type: ignore[arg-type]
+        assert isinstance(engine, Engine)
+        return trace(engine, encode(prompt), limits, mode)
+
     def _prepare(
         self,
         *,
@@ -205,7 +230,7 @@ class TidarModel:
         draft_length: int | None = None,
         outcomes: int | None = None,
         alternatives: int | None = None,
-        plan: Literal["auto", "fixed"] = "auto",
+        plan: Literal["auto", "fixed"] | None = None,
         remeasure: bool = False,
         raw: bool = False,
     ) -> tuple[Engine | BlockDiffusion, Limits, Callable[[Prompt], list[int]]]:

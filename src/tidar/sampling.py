@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -59,6 +60,11 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature < GREEDY_BELOW
 
+    @property
+    def unseeded(self) -> SamplingParams:
+        """All but the seed, which is a row's and not its step's."""
+        return replace(self, seed=0)
+
     def warpers(self) -> LogitsProcessorList:
         """transformers' own warpers, in the order `generate` applies them."""
         warpers = LogitsProcessorList()
@@ -73,9 +79,47 @@ class SamplingParams:
         return warpers
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Processed distribution, float32, of logits [..., V]; for temperature > 0."""
+        """Processed distribution, float32, of logits [..., V]; all on the likeliest token for greedy decoding."""
+        if self.greedy:
+            return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, logits.argmax(-1, keepdim=True), 1)
         rows = logits.float().reshape(-1, logits.shape[-1])
         return self.warpers()(None, rows).softmax(-1).view(logits.shape)
+
+
+@dataclass(frozen=True)
+class MixedParams:
+    """Rows of one batch whose tokens are chosen in different ways; trust is 1. See `together`."""
+
+    rows: tuple[SamplingParams, ...]
+    greedy = False
+    trust = 1.0
+
+    @property
+    def seed(self) -> Tensor:
+        """[B] int64."""
+        return torch.tensor([params.seed for params in self.rows])
+
+    @property
+    def unseeded(self) -> MixedParams:
+        return MixedParams(tuple(params.unseeded for params in self.rows))
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """As of `SamplingParams`, of logits [B, ..., V]: each row by its own."""
+        result = torch.empty(logits.shape, device=logits.device)
+        for params in set(self.rows):
+            rows = torch.tensor([row for row, own in enumerate(self.rows) if own == params], device=logits.device)
+            result[rows] = params.probabilities(logits[rows])
+        return result
+
+
+Sampling = SamplingParams | MixedParams
+
+
+def together(rows: Sequence[SamplingParams]) -> Sampling:
+    """How a batch of rows is sampled. Greedy rows among sampled ones get what greedy decoding gives them."""
+    if all(params.greedy for params in rows):
+        return SamplingParams()
+    return rows[0] if len(set(rows)) == 1 else MixedParams(tuple(rows))
 
 
 def _require(ok: bool, name: str, value: object, wanted: str) -> None:
@@ -158,14 +202,15 @@ def accept_sampled(
         drafts: [B, K]; drafts[:, 0] is already a token of the AR model.
         draft_probs: what drafts[:, 1:] were drawn from; None where they were not drawn but chosen (q is then a point
             mass on each). A draft of weight 0 stands wherever p allows it: it was drawn from p itself.
-        noise: [B, K] uniform in [0, 1), independent of the drafts.
+        noise: [B, K] uniform in [0, 1), independent of the drafts. The first draws the next token, so that a row with
+            nothing to judge gets the same one whatever K is.
         drafted: [B], how many of the drafts are any (1..K); default all.
     """
     judged = drafts[:, 1:, None]
     q = DraftProbs(judged, torch.ones_like(judged, dtype=probs.dtype)) if draft_probs is None else draft_probs
     p_draft = probs[:, :-1].gather(-1, judged)[..., 0]
     q_draft = (q.probs * (q.ids == judged)).sum(-1)
-    accepted = _count_prefix(noise[:, :-1] * q_draft < p_draft, drafted)
+    accepted = _count_prefix(noise[:, 1:] * q_draft < p_draft, drafted)
     p = _at(probs, accepted - 1)
     if drafts.shape[1] > 1:
         # Where no draft was judged, the token is a bonus: q is zero there and p - q is p itself.
@@ -173,11 +218,11 @@ def accept_sampled(
         rejected = accepted < (drafts.shape[1] if drafted is None else drafted)
         rest = p.scatter_add(-1, _at(q.ids, last), -_at(q.probs, last).to(p.dtype) * rejected[:, None]).clamp(min=0)
         p = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
-    return Verdict(accepted, draw(p, noise[:, -1]), torch.full_like(accepted, -1))
+    return Verdict(accepted, draw(p, noise[:, 0]), torch.full_like(accepted, -1))
 
 
 def verify(
-    params: SamplingParams,
+    params: Sampling,
     logits: Tensor,
     drafts: Tensor,
     draft_probs: DraftProbs | None,
@@ -229,6 +274,24 @@ def draw(weights: Tensor, uniform: Tensor) -> Tensor:
     cdf = weights.double().cumsum(-1)
     goal = uniform.double()[..., None] * cdf[..., -1:]
     return torch.searchsorted(cdf, goal, right=True)[..., 0].clamp(max=weights.shape[-1] - 1)
+
+
+class Logprobs(NamedTuple):
+    """Log-probabilities of tokens, natural, before temperature and truncation; float32.
+
+    chosen [B, K]; ids, others [B, K, N]: the N likeliest tokens there and theirs, descending.
+    """
+
+    chosen: Tensor
+    ids: Tensor
+    others: Tensor
+
+
+def log_probabilities(logits: Tensor, tokens: Tensor, count: int) -> Logprobs:
+    """Of tokens [B, K] under logits [B, K, V], with the `count` likeliest beside each."""
+    said = logits.float().log_softmax(-1)
+    others, ids = said.topk(min(count, said.shape[-1]), -1)
+    return Logprobs(said.gather(-1, tokens[..., None])[..., 0], ids, others)
 
 
 def mix_trust(ar_logits: Tensor, diffusion_logits: Tensor, trust: float) -> Tensor:
@@ -329,8 +392,8 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def row_seeds(seed: int, rows: Tensor) -> Tensor:
-    """[B] int64 stream keys of rows [B] (their index in the whole job, not in the batch)."""
+def row_seeds(seed: int | Tensor, rows: Tensor) -> Tensor:
+    """[B] int64 stream keys of rows [B] (their index in the whole job, not in the batch), for one seed or one each."""
     return _mix64(_mix64(rows * _GAMMA + _GAMMA) + seed)
 
 

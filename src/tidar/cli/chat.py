@@ -24,7 +24,7 @@ def chat(
     draft_length: o.DraftLength = None,
     outcomes: o.Outcomes = None,
     alternatives: o.Alternatives = None,
-    plan: o.PlanName = "auto",
+    plan: o.PlanName = None,
     remeasure: o.Remeasure = False,
     trust: o.Trust = 1.0,
     device: o.Device = None,

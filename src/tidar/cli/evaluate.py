@@ -55,7 +55,7 @@ def evaluate(
     draft_length: o.DraftLength = None,
     outcomes: o.Outcomes = None,
     alternatives: o.Alternatives = None,
-    plan: o.PlanName = "fixed",
+    plan: o.PlanName = None,
     trust: o.Trust = 1.0,
     device: o.Device = None,
     dtype: o.Dtype = None,

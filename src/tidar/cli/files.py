@@ -29,7 +29,11 @@ def check_writable(*paths: Path | None) -> None:
 
 def write_json(path: Path, result: dict[str, Any], indent: int | None = 1) -> None:
     """Write a result, to a file all of it or nothing."""
-    text = json.dumps(result, indent=indent, ensure_ascii=False) + "\n"
+    write_text(path, json.dumps(result, indent=indent, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text, to a file all of it or nothing."""
     whole = not path.exists() or path.is_file()  # not so for /dev/stdout
     partial = path.with_name(f"{path.stem}.partial") if whole else path
     partial.write_text(text, encoding="utf-8")

@@ -7,7 +7,19 @@ import sys
 import typer
 from rich.console import Console
 
-from tidar.cli import bench, chat, compare, evaluate, generate, generate_data, speculation, train
+from tidar.cli import (
+    bench,
+    chat,
+    compare,
+    demo,
+    evaluate,
+    generate,
+    generate_data,
+    serve,
+    speculation,
+    trace,
+    train,
+)
 from tidar.errors import TidarError
 
 app = typer.Typer(
@@ -19,7 +31,10 @@ app = typer.Typer(
 )
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
+app.command("trace")(trace.trace)
+app.command("demo")(demo.demo)
 app.command("generate-data")(generate_data.generate_data)
+app.command("serve")(serve.serve)
 app.command("train")(train.train)
 app.command("compare")(compare.compare)
 app.add_typer(bench.app, name="bench")

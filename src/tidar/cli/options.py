@@ -39,7 +39,11 @@ Alternatives = Annotated[
     int | None, typer.Option(help="Next best tokens verified beside the drafts, one slot each [without it: none].")
 ]
 PlanName = Annotated[
-    str, typer.Option("--plan", help="'auto' drafts as much as pays on this machine; 'fixed' does not.")
+    str | None,
+    typer.Option(
+        "--plan",
+        help="'auto' drafts as much as pays on this machine, 'fixed' does not [default: auto; evaluating, fixed].",
+    ),
 ]
 Remeasure = Annotated[bool, typer.Option("--remeasure", help="Measure this machine's costs for --plan auto again.")]
 Trust = Annotated[float, typer.Option(help="Beta: 1 judges by AR logits (exact), 0 by diffusion logits.")]

@@ -36,7 +36,7 @@ def speculation(
     draft_length: o.DraftLength = None,
     outcomes: o.Outcomes = None,
     alternatives: o.Alternatives = None,
-    plan: o.PlanName = "fixed",
+    plan: o.PlanName = None,
     batch_size: Annotated[int, Option(help="Prompts decoded together; tokens/s depend on it.")] = 1,
     device: o.Device = None,
     dtype: o.Dtype = None,

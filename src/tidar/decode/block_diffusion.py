@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -87,7 +87,7 @@ class GraphDenoiser(Denoiser):
     @torch.inference_mode()
     def step(self, finished: bool, longest: int) -> Tensor:
         assert self.state is not None
-        key = (len(self.state.active), self.reveal, replace(self.params, seed=0), finished)
+        key = (len(self.state.active), self.reveal, self.params.unseeded, finished)
         if key not in self.graphs:
             if len(self.graphs) >= MOST_GRAPHS:
                 self.graphs.clear()

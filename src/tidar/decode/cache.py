@@ -70,6 +70,12 @@ class RowCache(Cache):
         for tensor in (self.lengths, *self.keys, *self.values):
             tensor[: len(rows)] = tensor[rows]
 
+    def copy_row(self, row: int, place: int, length: int) -> None:
+        """Make row `place` a copy of row `row`, which holds `length` tokens."""
+        self.lengths[place] = self.lengths[row]
+        for tensor in (*self.keys, *self.values):
+            tensor[place, :, :length] = tensor[row, :, :length]
+
     def put_rows(self, rows: Tensor, other: RowCache) -> None:
         """Put the rows of `other`, which may have less room, in the places `rows` [n]."""
         self.lengths[rows] = other.lengths

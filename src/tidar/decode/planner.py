@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -211,7 +211,7 @@ class AutoPlanner:
         return self.learned.acceptance
 
     def prepare(self, runner: Runner, rows: int) -> None:
-        kept, key = runner.network.learned, replace(self.params, seed=0)
+        kept, key = runner.network.learned, self.params.unseeded
         if key not in kept and len(kept) >= MOST_LEARNED:
             kept.clear()
         self.learned = kept.setdefault(key, Learned(self.longest.draft_length))

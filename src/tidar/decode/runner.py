@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from tidar.decode.cache import ROUND, RowCache
-from tidar.decode.step import Plan, State, StepResult, pack_prompts, prefill, prefill_rows, step
+from tidar.decode.step import Observer, Plan, State, StepResult, pack_prompts, prefill, prefill_rows, step
 from tidar.layout import prefill_layout
 from tidar.model.network import Network
+from tidar.sampling import Logprobs, MixedParams
 
 FUSED_ERROR, FUSED_ERROR_16_BIT = 1e-3, 0.1
 """Relative difference of the median final state that rounding explains."""
@@ -41,7 +42,8 @@ PREFILL_WORK = 2e13
 class Pending:
     """A step's result, perhaps still on its way to the host."""
 
-    def __init__(self, packed: Tensor) -> None:
+    def __init__(self, packed: Tensor, logprobs: Logprobs | None = None) -> None:
+        self.logprobs = logprobs  # of its tokens, on the device, where the plan asks for them
         self.event: torch.cuda.Event | None = None
         self.host = packed
         if packed.is_cuda:
@@ -88,6 +90,8 @@ class Runner:
     """Forwards that are under way before the first of them is read back."""
     prefill_forwards = 0.1
     """What a prefill costs beside its prompts' own work, in forwards."""
+    observer: Observer | None = None
+    """Is shown every eager forward."""
 
     def __init__(self, network: Network) -> None:
         self.network = network
@@ -116,15 +120,21 @@ class Runner:
     def admit(self, prompts: list[list[int]], rows: list[int], places: list[int], plan: Plan) -> Admitted:
         """Prefill the prompts of job rows `rows` and let them run in `places`."""
         assert self.state is not None
-        joined = prefill(self.network, prompts, rows, plan)
+        joined = prefill(self.network, prompts, rows, plan, self.observer)
         self.state.put_rows(torch.tensor(places, device=self.state.active.device), joined)
         self.active = []  # they are active on the device, whatever was said last
-        return Admitted([Pending(joined.drafts[:, 0])])
+        return Admitted([Pending(joined.drafts[:, 0], joined.logprobs)])
 
     def step(self, plan: Plan, rows: int, longest: int) -> Pending:
         """One forward over the first `rows` rows; `longest` is the largest of their lengths, known as nothing lags."""
         assert self.state is not None
-        return Pending(step(self.network, self.state.first(rows), plan, longest).packed)
+        state = self.state.first(rows)
+        return Pending(step(self.network, state, plan, longest, self.observer).packed, state.logprobs)
+
+
+def _lasting(plan: Plan) -> bool:
+    """Whether a plan comes often enough to be captured: rows that want different things meet once."""
+    return plan.logprobs is None and not isinstance(plan.params, MixedParams)
 
 
 def send(values: Tensor, to: Tensor) -> None:
@@ -149,6 +159,7 @@ class Captured(NamedTuple):
 class GraphRunner(Runner):
     """Every (plan, batch size) is captured once as a CUDA graph and then replayed; so is every size of a prefill.
 
+    Plans that a server makes for a few forwards only (see `_lasting`) run eagerly.
     Graphs never run at the same time, so they share one memory pool. A prefill's keys and values live in it until the
     graph itself has copied them to the rows' places.
     """
@@ -203,6 +214,8 @@ class GraphRunner(Runner):
 
     @torch.inference_mode()
     def step(self, plan: Plan, rows: int, longest: int) -> Pending:
+        if not _lasting(plan):
+            return super().step(plan, rows, longest)
         graph, result, _ = self._captured((plan.key, rows), lambda: self._capture_step(plan, rows))
         graph.replay()
         return Pending(result)
@@ -212,7 +225,7 @@ class GraphRunner(Runner):
         masks = plan.draft_length if plan.drafting else 0
         pieces = list(cut([len(prompt) + masks for prompt in prompts]))
         work = sum((piece.stop - piece.start) * slots for piece, slots in pieces) * 2 * self.weights
-        if work > PREFILL_WORK or any(slots > LONGEST for _, slots in pieces):
+        if not _lasting(plan) or work > PREFILL_WORK or any(slots > LONGEST for _, slots in pieces):
             return super().admit(prompts, rows, places, plan)
         self.active = []
         plan = replace(plan, outcomes=None, alternatives=0)  # a prefill has one block, whatever the steps do

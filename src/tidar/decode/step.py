@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,20 +19,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tidar.decode.cache import ROUND, RowCache
 from tidar.kernels.draft import ALTERNATIVES
 from tidar.kernels.judge import Decision, Judged, choose_outcomes, decide, decide_eager
-from tidar.layout import prefill_layout, step_layout
+from tidar.layout import Layout, prefill_layout, step_layout
 from tidar.model.network import Network
 from tidar.model.propose import CANDIDATES, Proposal, propose
 from tidar.sampling import (
     DraftProbs,
     Leaves,
+    Logprobs,
+    Sampling,
     SamplingParams,
+    log_probabilities,
     mix_trust,
     row_seeds,
     uniforms,
     verify,
 )
 
-Propose = Callable[[Network, Tensor, Tensor, Tensor, Tensor, SamplingParams, Tensor | None], Proposal]
+Propose = Callable[[Network, Tensor, Tensor, Tensor, Tensor, Sampling, Tensor | None], Proposal]
 """See `model.propose.propose`; what it proposes must begin with the tokens that are known."""
 REACH, RANKS = 0.7, (0.38, 0.14, 0.07)
 """How likely drafts stand, and the drafter's second, third and fourth choice where they fall: only to order leaves."""
@@ -50,13 +54,15 @@ class Plan:
         alternatives: leaves, that is drafts' next best tokens which are verified beside them. Where a draft falls and
             the right token is on a leaf, the verifier's token after it is known as well: one token more.
         propose: turns a block into drafts; tests replace it by oracles.
+        logprobs: likeliest tokens whose log-probabilities are told beside each new token's; None tells nothing.
     """
 
     draft_length: int
-    params: SamplingParams = GREEDY
+    params: Sampling = GREEDY
     outcomes: int | None = None
     alternatives: int = 0
     propose: Propose = propose
+    logprobs: int | None = None
 
     @property
     def drafting(self) -> bool:
@@ -87,7 +93,7 @@ class Plan:
     @property
     def key(self) -> Plan:
         """The plan without its seed, and its outcomes and leaves counted: what decides a captured step."""
-        return replace(self, params=replace(self.params, seed=0), outcomes=self.blocks, alternatives=len(self.leaves))
+        return replace(self, params=self.params.unseeded, outcomes=self.blocks, alternatives=len(self.leaves))
 
 
 def choose_leaves(draft_length: int, count: int) -> tuple[tuple[int, int], ...]:
@@ -138,6 +144,7 @@ class State:
         draft_probs: what they were drawn from; None for greedy decoding.
         seeds: [B] random streams.
         active: [B] bool; rows that are not do not move.
+        logprobs: of the tokens that the last forward gave, where its plan asks for them.
     """
 
     cache: RowCache
@@ -149,6 +156,7 @@ class State:
     draft_probs: DraftProbs | None
     seeds: Tensor
     active: Tensor
+    logprobs: Logprobs | None = None
 
     @staticmethod
     def empty(rows: int, capacity: int, draft_length: int, network: Network, sampled: bool) -> State:
@@ -193,10 +201,24 @@ class State:
 
     @torch.inference_mode()
     def put_rows(self, rows: Tensor, other: State) -> None:
-        """Put the rows of `other` in the places `rows` [n]."""
+        """Put the rows of `other` in the places `rows` [n]. Greedy rows may join sampled ones."""
         self.cache.put_rows(rows, other.cache)
-        for mine, new in zip(self.tensors(), other.tensors(), strict=True):
+        # They bring no draft_probs, and whatever stands there does not change a greedy verdict.
+        greedy_joins = other.draft_probs is None and self.draft_probs is not None
+        for mine, new in zip(self.tensors(), other.tensors(), strict=not greedy_joins):
             (mine[:, : new.shape[1]] if new.dim() > 1 else mine)[rows] = new
+
+    @torch.inference_mode()
+    def copy_row(self, row: int, place: int, length: int) -> None:
+        """Make row `place` a copy of row `row`, whose cache holds `length` tokens."""
+        self.cache.copy_row(row, place, length)
+        for tensor in self.tensors():
+            tensor[place] = tensor[row]
+
+    @torch.inference_mode()
+    def drop_drafts(self, rows: Tensor) -> None:
+        """Let the next step judge nothing in the rows `rows` [n] but the token that they have: plain decoding."""
+        self.drafted[rows] = self.known[rows] = 1
 
     def leaves(self, plan: Plan) -> Leaves | None:
         """The leaves of a step of `plan`."""
@@ -221,6 +243,29 @@ class State:
             self.draft_probs.probs[:, 0] *= (decision.after < 0)[:, None]
 
 
+class Seen(NamedTuple):
+    """What a forward computed, before its drafts are replaced.
+
+    plan, leaves: what it was. state: still with the drafts that were judged; cache.lengths [B] is the prefix.
+    judged: how many drafts there is room for, 1 in a prefill. hidden: [B, judged + A + blocks * K, H] final states of
+    drafts, leaves and outcome blocks. ar_logits, logits: [B, judged + A, V] of the AR half, and those that judged (with
+    trust below 1 another mixture). decision: what follows.
+    """
+
+    plan: Plan
+    leaves: Leaves | None
+    state: State
+    judged: int
+    hidden: Tensor
+    ar_logits: Tensor
+    logits: Tensor
+    decision: Decision
+
+
+Observer = Callable[[Layout, Seen], None]
+"""Is shown every forward of an eager runner, and must change nothing."""
+
+
 @cache
 def _leaf_constants(leaves: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Each leaf's parent, and its place among all alternatives of a row."""
@@ -238,22 +283,25 @@ def point_masses(drafts: Tensor, count: int, vocabulary: int) -> DraftProbs:
 
 
 @torch.inference_mode()
-def prefill(network: Network, prompts: list[list[int]], rows: list[int], plan: Plan) -> State:
+def prefill(
+    network: Network, prompts: list[list[int]], rows: list[int], plan: Plan, observer: Observer | None = None
+) -> State:
     """Run the prompts (token ids, none empty) of job rows `rows`; the state's first drafts are the first new tokens."""
     width = max(map(len, prompts))
     if network.device.type == "cuda":
         width = -(-width // ROUND) * ROUND  # libraries plan anew for every shape
-    return prefill_rows(network, pack_prompts(prompts, rows, plan.params.seed, width).to(network.device), plan)
+    packed = pack_prompts(prompts, rows, plan.params.seed, width).to(network.device)
+    return prefill_rows(network, packed, plan, observer)
 
 
-def pack_prompts(prompts: list[list[int]], rows: list[int], seed: int, width: int) -> Tensor:
+def pack_prompts(prompts: list[list[int]], rows: list[int], seed: int | Tensor, width: int) -> Tensor:
     """[B, width + 2] on the host: each prompt's ids, zeros, its length, and the seed of its row's random stream."""
     ids = torch.tensor([p + [0] * (width - len(p)) + [len(p)] for p in prompts])
     return torch.cat((ids, row_seeds(seed, torch.tensor(rows))[:, None]), 1)
 
 
 @torch.inference_mode()
-def prefill_rows(network: Network, packed: Tensor, plan: Plan) -> State:
+def prefill_rows(network: Network, packed: Tensor, plan: Plan, observer: Observer | None = None) -> State:
     """`prefill` of prompts that are on the device, see `pack_prompts`. Like a step, it asks the device nothing."""
     ids, lengths, seeds = packed[:, :-2], packed[:, -2], packed[:, -1]
     batch, width = ids.shape
@@ -269,16 +317,20 @@ def prefill_rows(network: Network, packed: Tensor, plan: Plan) -> State:
     # A prefill is a step whose only "draft", the last prompt token, stands.
     state.drafts[:, 0] = ids.gather(1, lengths[:, None] - 1)[:, 0]
     anchors = torch.zeros_like(layout.anchors)
-    _decide(network, state, plan, torch.cat((last[:, None], hidden[:, width:]), 1), 1, anchors, None)
+    hidden = torch.cat((last[:, None], hidden[:, width:]), 1)
+    _decide(network, state, plan, hidden, 1, anchors, None, partial(observer, layout) if observer else None)
     state.cache.lengths.copy_(lengths)
     return state
 
 
 @torch.inference_mode()
-def step(network: Network, state: State, plan: Plan, longest: int | None = None) -> StepResult:
+def step(
+    network: Network, state: State, plan: Plan, longest: int | None = None, observer: Observer | None = None
+) -> StepResult:
     """Judge the state's drafts and draft again, in one forward.
 
-    `longest` is the largest of the cache's lengths, where the caller knows it (see `RowCache.reserve`).
+    `longest` is the largest of the cache's lengths, where the caller knows it (see `RowCache.reserve`). An observer is
+    for forwards that are not captured.
     """
     cache, length = state.cache, plan.draft_length
     # A row that ended may be longer than `longest`: it has no prefix any more, and writes at the front of its slots.
@@ -292,7 +344,8 @@ def step(network: Network, state: State, plan: Plan, longest: int | None = None)
     layout = layout.after(cache.lengths)
     cache.reserve(layout.size, longest)
     hidden = network(tokens, layout, cache, fused=True)
-    result = _decide(network, state, plan, hidden, length, layout.anchors, leaves)
+    show = partial(observer, layout) if observer else None
+    result = _decide(network, state, plan, hidden, length, layout.anchors, leaves, show)
     cache.lengths.add_(result.accepted)
     return result
 
@@ -306,7 +359,14 @@ def _outcomes(state: State, plan: Plan) -> Tensor | range:
 
 
 def _decide(
-    network: Network, state: State, plan: Plan, hidden: Tensor, judged: int, anchors: Tensor, leaves: Leaves | None
+    network: Network,
+    state: State,
+    plan: Plan,
+    hidden: Tensor,
+    judged: int,
+    anchors: Tensor,
+    leaves: Leaves | None,
+    show: Callable[[Seen], None] | None,
 ) -> StepResult:
     """Verify, then draft from the block of the true outcome; sets the state's drafts.
 
@@ -315,6 +375,7 @@ def _decide(
         judged: how many drafts; K, or 1 for a prefill.
         anchors: [B, blocks] the judged draft (0..judged-1) that each block continues, ascending.
         leaves: the step's leaves.
+        show: is given what was computed.
     """
     params, length = plan.params, plan.draft_length
     batch, slots = hidden.shape[:2]
@@ -324,7 +385,7 @@ def _decide(
     most = 288 if hidden.is_cuda else 32 if hidden.dtype == torch.bfloat16 else 0
     everything = plan.drafting and batch * slots <= most
     all_logits = network.head(hidden if everything else hidden[:, :clean])
-    logits = all_logits[:, :clean]
+    logits = ar_logits = all_logits[:, :clean]
     if plan.drafting and params.trust < 1:
         first = all_logits[:, clean::length] if everything else network.head(hidden[:, clean::length])
         logits = torch.cat((mix_trust(logits[:, :judged], first, params.trust), logits[:, judged:]), 1)
@@ -339,6 +400,11 @@ def _decide(
             probs = DraftProbs(*(tensor[:, : judged - 1] for tensor in probs))
         verdict = verify(params, logits, drafts, probs, noise[:, : judged + 1], drafted, leaves)
         decision = decide_eager(verdict, facts, length)
+    if plan.logprobs is not None:
+        new = decision.result[:, 3 : 3 + judged]
+        state.logprobs = log_probabilities(logits[:, :judged], new, plan.logprobs)
+    if show is not None:
+        show(Seen(plan, leaves, state, judged, hidden, ar_logits, logits, decision))
     if not plan.drafting:
         state.drafts[:, 0] = decision.next_token
         state.drafted.fill_(1)

@@ -36,14 +36,15 @@ GREEDY = {"do_sample": False, "temperature": 0.0}
 class Decoding:
     """How answers are decoded; the fields are those of `TidarModel.engine` and `SamplingParams`.
 
-    `plan` is "fixed" unless told otherwise: what "auto" drafts depends on the machine, and so do tokens per forward.
+    In mode "tidar" `plan` is "fixed" unless told otherwise: what "auto" drafts depends on the machine, and so do tokens
+    per forward.
 
     Raises:
         TidarError: for a field that cannot be meant.
     """
 
     mode: Mode = "tidar"
-    plan: Literal["auto", "fixed"] = "fixed"
+    plan: Literal["auto", "fixed"] | None = None
     draft_length: int | None = None
     outcomes: int | None = None
     alternatives: int | None = None
@@ -54,7 +55,10 @@ class Decoding:
 
     def __post_init__(self) -> None:
         require_choice("mode", self.mode, get_args(Mode))
-        require_choice("plan", self.plan, ("auto", "fixed"))
+        if self.plan is None and self.mode == "tidar":
+            object.__setattr__(self, "plan", "fixed")
+        if self.plan is not None:
+            require_choice("plan", self.plan, ("auto", "fixed"))
         if self.decoder is not None:
             Reveal.parse(self.decoder)
         _ = self.params

@@ -20,7 +20,7 @@ from tidar.kernels.draft import (
 from tidar.model.fused import FusedBackbone
 from tidar.model.network import Network
 from tidar.model.quantised import stored_weight
-from tidar.sampling import DraftProbs, SamplingParams, draw
+from tidar.sampling import DraftProbs, Sampling, draw
 
 CANDIDATES = 128
 """Tokens a position that can be drafted: two of each group of the vocabulary, the likeliest by the mask's own logits,
@@ -47,7 +47,7 @@ def propose(
     logits: Tensor,
     first: Tensor,
     after: Tensor,
-    params: SamplingParams,
+    params: Sampling,
     noise: Tensor | None,
 ) -> Proposal:
     """Draft K tokens from one outcome block.

@@ -1,0 +1,133 @@
+"""`tidar serve` as users start and stop it."""
+
+import importlib.util
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import types
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import httpx
+import pytest
+
+from openai_suite import Served
+from serving import wait_until
+from tiny import CONTEXT, drafting_folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return drafting_folder(tmp_path_factory.mktemp("drafting"))
+
+
+@contextmanager
+def process(*args, **environment):
+    """A running `tidar serve`, where it is, and its stderr so far."""
+    command = [sys.executable, "-m", "tidar.cli.main", "serve", *args, "--port", "0", "--device", "cpu"]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
+    lines = []
+    reader = threading.Thread(target=lambda: lines.extend(iter(server.stderr.readline, "")))
+    reader.start()
+    try:
+        said = r"tidar: serving (\S+) at (http://127.0.0.1:\d+)/v1 \(Ctrl-C stops\)"
+        wait_until(lambda: server.poll() is not None or re.search(said, "".join(lines)), 120)
+        yield server, re.search(said, "".join(lines))[2], lines
+    finally:
+        server.kill()
+        server.wait()
+        reader.join()
+
+
+def test_it_serves_until_ctrl_c_and_lets_answers_end(run, folder):
+    with process(folder, "--plan", "fixed", "--name", "tiny", TIDAR_API_KEY="secret") as (server, url, lines):
+        served = Served(url + "/v1", "tiny", CONTEXT, "secret")
+        assert httpx.get(url + "/v1/models").status_code == 401
+        port = url.rsplit(":", 1)[1]
+        code, out, err = run("serve", folder, "--port", port)
+        assert (code, out) == (2, "")
+        assert err.startswith(f"tidar: cannot listen on 127.0.0.1:{port}: ")
+        stream = iter(served.complete("x", max_tokens=100, stream=True))
+        texts = [next(stream).choices[0].text]
+        server.send_signal(signal.SIGINT)
+        texts += [chunk.choices[0].text for chunk in stream]
+        assert server.wait(20) in (130, -signal.SIGINT)
+        assert "Traceback" not in "".join(lines)
+    assert len("".join(texts)) > 10
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--model", "other"], "either MODEL or --model"),
+        (["--mode", "block-diffusion"], "decodes in 'tidar' or 'ar'"),
+        (["--engine", "other"], "'local' or 'vllm'"),
+        (["--port", "65536"], "port is 65536"),
+        (["--api-key", ""], "API key is empty"),
+        (["--batch-size", "0"], "batch-size is 0"),
+        (["--max-queue", "-1"], "max-queue is -1"),
+        (["--max-model-len", str(CONTEXT + 1)], f"between 2 and {CONTEXT}"),
+        (["--host", "no.such.host.invalid"], "cannot listen on no.such.host.invalid"),
+        (["--engine", "vllm", "--drafter", "x"], "--drafter is an option of --engine local"),
+        (["--engine", "vllm", "--plan", "fixed"], "--plan is an option of --engine local"),
+        (["--engine", "vllm", "--max-queue", "0"], "--max-queue is an option of --engine local"),
+    ],
+)
+def test_bad_options_are_one_line(run, folder, args, says):
+    code, out, err = run("serve", folder, "--port", 0, *args)
+    assert (code, out) == (2, "")
+    assert says in err
+    assert err.count("\n") == 1 or "Loading" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "missing", "says"),
+    [
+        ([], "uvicorn", "tidar: serving needs uvicorn: pip install 'tidar[serve]'\n"),
+        (["--engine", "vllm"], "vllm", "tidar: serving needs vllm: pip install 'tidar[vllm]'\n"),
+    ],
+)
+def test_what_is_not_installed_is_named(run, monkeypatch, folder, args, missing, says):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find(name))
+    assert run("serve", folder, *args) == (2, "", says)
+
+
+def test_vllm_is_given_its_flags(run, monkeypatch, folder):
+    """The process becomes `vllm serve`; the key is not among the arguments, which everybody on the machine can list."""
+
+    @dataclass
+    class Options:
+        mode: str
+        draft_length: int | None
+        outcomes: int | None
+        max_num_seqs: int | None
+
+    command = types.ModuleType("tidar.vllm.command")
+    command.Options = Options
+    command.arguments = lambda folder, options, more: ["serve", folder, str(options), *more]
+    command.environment = lambda options: {"FROM": "environment"}
+    monkeypatch.setitem(sys.modules, "tidar.vllm", types.ModuleType("tidar.vllm"))
+    monkeypatch.setitem(sys.modules, "tidar.vllm.command", command)
+    find, became = importlib.util.find_spec, []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True if name == "vllm" else find(name))
+
+    def become(file, argv, environment):
+        became.append((file, argv, environment))
+        raise SystemExit(0)
+
+    monkeypatch.setattr(os, "execvpe", become)
+    options = ["--engine", "vllm", "--mode", "ar", "--port", 81, "--api-key", "secret", "--name", "tiny"]
+    assert run("serve", folder, *options, "--batch-size", 3, "--dtype", "float32")[0] == 0
+    [(file, argv, environment)] = became
+    assert file == argv[0] == "vllm"
+    assert argv[1:] == [
+        *("serve", folder, str(Options("ar", None, None, 3))),
+        *("--host", "127.0.0.1", "--port", "81", "--served-model-name", "tiny", "--dtype", "float32"),
+    ]
+    assert environment["VLLM_API_KEY"] == "secret"
+    assert environment["FROM"] == "environment"
+    assert not any("secret" in argument for argument in argv)
