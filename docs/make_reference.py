@@ -19,6 +19,7 @@ import tidar
 from tidar import layout, sampling
 from tidar.cli.main import app
 from tidar.decode import step
+from tidar.model import hub
 
 HERE = Path(__file__).parent
 CLASSES = (tidar.TidarModel, tidar.Answer, tidar.Update, tidar.TidarConfig, step.Plan, sampling.SamplingParams)
@@ -96,6 +97,7 @@ def api() -> str:
     ]
     for thing in CLASSES:
         parts += _class(thing)
+    parts.append(_function(hub.load, "##", _name(hub.load)))
     parts.append(f"## tidar.TidarError\n\n{_docstring(tidar.TidarError)}\n")
     parts += _class(tidar.Layout)
     parts += [_function(make, "###", _name(make)) for make in LAYOUTS]

@@ -60,7 +60,8 @@ def source(path: str) -> str:
         names = sorted(inside.name for inside in file.iterdir() if inside.is_file())
         return f"# {path}/\n\n" + "".join(f"- [{name}]({file.name}/{name})\n" for name in names)
     text = file.read_text(encoding="utf-8")
-    return f"# {path}\n\n````{LANGUAGES[file.suffix]}\n{text}````\n" if is_code(path) else text
+    shown = f"---\nhide: [toc]\n---\n\n# {path}\n\n````{LANGUAGES.get(file.suffix)}\n{text}````\n"
+    return shown if is_code(path) else text
 
 
 def targets(path: str) -> set[str]:

@@ -90,6 +90,7 @@ NOT_RUN = {
 }
 """Commands that are only checked, and why: what a machine for tests lacks."""
 NOT_RUN_PYTHON = {"import OpenAI": "a running server"}
+OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 SHOWN = ("text", "json")
 """Blocks that show something and run nothing."""
 
@@ -193,6 +194,21 @@ def test_wrong_options_are_noticed(accepted):
     assert accepted(["generate", "x", "--draft-lenght", "4"])[0] != 0
     assert accepted(["generate", "x", "--draft-length", "four"])[0] != 0
     assert accepted(["generate-it", "x"])[0] != 0
+
+
+HISTORICAL = ("docs/speed.md", "docs/ablations.md", "docs/baselines.md")
+"""Pages that quote commands as they were when something was measured."""
+FOREIGN = {"--help", "--no-deps", "--choices"}
+"""Of every command, of pip, of recipes/ablations/run.py."""
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in HISTORICAL])
+def test_options_in_the_text_exist(page):
+    """docs/commands.md is made from the command line itself, which test_pages.py holds it to."""
+    known = FOREIGN | {*OPTION.findall((ROOT / "docs" / "commands.md").read_text())}
+    text = re.sub(r"^( *)```.*?^\1```$", "", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
+    named = {option for code in re.findall(r"`([^`]+)`", text) for option in OPTION.findall(code)}
+    assert named <= known, page
 
 
 @pytest.fixture(scope="module")
