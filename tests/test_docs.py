@@ -200,6 +200,9 @@ HISTORICAL = ("docs/speed.md", "docs/ablations.md", "docs/baselines.md")
 """Pages that quote commands as they were when something was measured."""
 FOREIGN = {"--help", "--no-deps", "--choices"}
 """Of every command, of pip, of recipes/ablations/run.py."""
+FOREIGN |= {"--hf-overrides", "--diffusion-config", "--scheduler-cls", "--additional-config", "--attention-backend"}
+FOREIGN |= {"--middleware"}
+"""Of vLLM."""
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in HISTORICAL])

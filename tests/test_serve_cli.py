@@ -7,9 +7,8 @@ import signal
 import subprocess
 import sys
 import threading
-import types
 from contextlib import contextmanager
-from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import pytest
@@ -83,51 +82,44 @@ def test_bad_options_are_one_line(run, folder, args, says):
     assert err.count("\n") == 1 or "Loading" in err
 
 
-@pytest.mark.parametrize(
-    ("args", "missing", "says"),
-    [
-        ([], "uvicorn", "tidar: serving needs uvicorn: pip install 'tidar[serve]'\n"),
-        (["--engine", "vllm"], "vllm", "tidar: serving needs vllm: pip install 'tidar[vllm]'\n"),
-    ],
-)
-def test_what_is_not_installed_is_named(run, monkeypatch, folder, args, missing, says):
+def test_what_is_not_installed_is_named(run, monkeypatch, folder):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find(name))
-    assert run("serve", folder, *args) == (2, "", says)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else find(name))
+    says = "tidar: serving needs uvicorn: pip install 'tidar[serve]'\n"
+    assert run("serve", folder, "--engine", "local") == (2, "", says)
 
 
-def test_vllm_is_given_its_flags(run, monkeypatch, folder):
-    """The process becomes `vllm serve`; the key is not among the arguments, which everybody on the machine can list."""
+def test_vllm_must_be_installed_and_tested(run, monkeypatch, folder):
+    for found, says in ((None, "vLLM is not installed"), ("0.11.0", "vLLM 0.11.0 is outside the tested range")):
+        monkeypatch.setattr("tidar.vllm.hooks.installed_version", lambda found=found: found)
+        code, out, err = run("serve", folder, "--engine", "vllm")
+        assert (code, out) == (2, "")
+        assert says in err
+        assert "pip install" in err
 
-    @dataclass
-    class Options:
-        mode: str
-        draft_length: int | None
-        outcomes: int | None
-        max_num_seqs: int | None
 
-    command = types.ModuleType("tidar.vllm.command")
-    command.Options = Options
-    command.arguments = lambda folder, options, more: ["serve", folder, str(options), *more]
-    command.environment = lambda options: {"FROM": "environment"}
-    monkeypatch.setitem(sys.modules, "tidar.vllm", types.ModuleType("tidar.vllm"))
-    monkeypatch.setitem(sys.modules, "tidar.vllm.command", command)
-    find, became = importlib.util.find_spec, []
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True if name == "vllm" else find(name))
+@pytest.mark.parametrize("named", [True, False])
+def test_vllm_is_given_its_flags(run, monkeypatch, folder, named):
+    """Where it is installed it is the default. The key is not among the arguments, which everybody can list."""
+    became = []
+    monkeypatch.setattr("tidar.vllm.hooks.installed_version", lambda: "0.26.0")
+    monkeypatch.setattr("tidar.cli.serve.installed_version", lambda: "0.26.0")
+    monkeypatch.setattr(sys.modules["tidar.vllm.command"], "version", lambda name: "0.26.0")
 
     def become(file, argv, environment):
         became.append((file, argv, environment))
         raise SystemExit(0)
 
     monkeypatch.setattr(os, "execvpe", become)
-    options = ["--engine", "vllm", "--mode", "ar", "--port", 81, "--api-key", "secret", "--name", "tiny"]
-    assert run("serve", folder, *options, "--batch-size", 3, "--dtype", "float32")[0] == 0
+    engine = ["--engine", "vllm"] if named else []
+    options = ["--mode", "ar", "--port", 81, "--api-key", "secret", "--name", "tiny"]
+    assert run("serve", folder, *engine, *options, "--batch-size", 3, "--dtype", "float32")[0] == 0
     [(file, argv, environment)] = became
-    assert file == argv[0] == "vllm"
+    assert file == argv[0]
+    assert Path(file).name == "vllm"
     assert argv[1:] == [
-        *("serve", folder, str(Options("ar", None, None, 3))),
-        *("--host", "127.0.0.1", "--port", "81", "--served-model-name", "tiny", "--dtype", "float32"),
+        *("serve", str(folder), "--max-num-seqs", "3", "--host", "127.0.0.1", "--port", "81"),
+        *("--served-model-name", "tiny", "--dtype", "float32"),
     ]
     assert environment["VLLM_API_KEY"] == "secret"
-    assert environment["FROM"] == "environment"
     assert not any("secret" in argument for argument in argv)

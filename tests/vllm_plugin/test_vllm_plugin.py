@@ -1,0 +1,119 @@
+"""The plug-in's own logic, which needs no vLLM: curves, flags, requests, versions."""
+
+import itertools
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from tidar.bench import serving, shapes
+from tidar.errors import TidarError
+from tidar.vllm import Options, arguments, engine_options, hooks
+from tidar.vllm.requests import check_body
+from tidar.vllm.settings import wants_drafts
+from tidar.vllm.shapes import PLAIN, Curve, Shape, choose_curve
+from tiny import drafting_folder, tiny_folder
+
+
+def test_curve_shrinks_to_plain_decoding():
+    curve = choose_curve([Shape(8, 8), Shape(8, 4), Shape(8, 2), Shape(4, 2), Shape(4, 1)], 256)
+    chosen = [curve.at(requests) for requests in range(1, 257)]
+    slots = [shape.slots for shape in chosen]
+    assert slots == sorted(slots, reverse=True)
+    assert slots[0] >= 24
+    assert chosen[-1] == PLAIN
+    assert Curve.parse(curve.entries) == curve
+    assert all(curve.of_slots(shape.slots) == shape for shape in chosen)
+
+
+def test_no_curve_where_tokens_are_dear():
+    assert choose_curve([Shape(8, 4)], 8, costs=((1, 1.0), (64, 64.0))) is None
+
+
+@pytest.mark.parametrize(
+    "entries", [[], [[4, 8, 9]], [[4, 1, 1]], [[4, 8, 4], [2, 4, 2]], [[1, 4]], [[1, 8, 2], [2, 6, 3]]]
+)
+def test_curves_that_cannot_be_meant(entries):
+    with pytest.raises(TidarError):
+        Curve.parse(entries)
+
+
+def test_flags(tmp_path):
+    folder = drafting_folder(tmp_path)
+    flags = arguments(folder, Options(cuda=False, draft_length=4, outcomes=2), ("--port", "1"))
+    assert flags[:2] == ["serve", folder]
+    assert flags[-2:] == ["--port", "1"]
+    given = dict(itertools.pairwise(flags))
+    assert json.loads(given["--hf-overrides"]) == {"architectures": ["TidarLlamaForCausalLM"]}
+    assert json.loads(given["--diffusion-config"]) == {"canvas_length": 11}
+    assert "--no-async-scheduling" in flags
+    assert "--middleware" in flags
+    assert arguments(folder, Options(mode="ar")) == ["serve", folder]
+    assert engine_options(folder, Options(cuda=True))["attention_backend"] == "CUSTOM"
+
+
+def test_folders_that_cannot_draft(tmp_path):
+    with pytest.raises(TidarError, match=r"config\.json"):
+        arguments(str(tmp_path), Options(cuda=False))
+    with pytest.raises(TidarError, match="--mode ar"):
+        arguments(tiny_folder(tmp_path), Options(cuda=False))
+
+
+@pytest.mark.parametrize("off", [False, 0, "false", "off"])
+def test_switch_reaches_vllm(off):
+    assert check_body({"prompt": "a", "tidar": off}) == {"prompt": "a", "vllm_xargs": {"tidar": 0}}
+    assert check_body({"vllm_xargs": {"tidar": off, "x": 1}}) == {"vllm_xargs": {"tidar": 0, "x": 1}}
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        ({"tidar": "maybe"}, "tidar"),
+        ({"tidar": True, "vllm_xargs": {"tidar": 0}}, "tidar"),
+        ({"trust": 0.5}, "trust"),
+        ({"vllm_xargs": {"draft_length": 4}}, "draft_length"),
+        ({"vllm_xargs": [1], "tidar": True}, "vllm_xargs"),
+    ],
+)
+def test_refusals_name_the_field(body, named):
+    with pytest.raises(TidarError, match=named):
+        check_body(body)
+
+
+@pytest.mark.parametrize(
+    ("version", "good"), [("0.25.1", False), ("0.26.0", True), ("0.32.4", True), ("0.33.0", False)]
+)
+def test_versions(monkeypatch, version, good):
+    monkeypatch.setattr(hooks, "installed_version", lambda: version)
+    if good:
+        hooks.check_version()
+    else:
+        with pytest.raises(TidarError, match="pip install"):
+            hooks.check_version()
+
+
+@pytest.mark.parametrize(
+    ("asked", "drafts"),
+    [
+        ({}, True),
+        ({"extra_args": {"tidar": 1}}, True),
+        ({"extra_args": {"tidar": 0}}, False),
+        ({"extra_args": {"tidar": "off"}}, False),
+        ({"logprobs": 0}, False),
+    ],
+)
+def test_who_drafts(asked, drafts):
+    params = SimpleNamespace(**{"extra_args": None, "logprobs": None, **asked})
+    assert wants_drafts(SimpleNamespace(sampling_params=params, use_structured_output=False)) == drafts
+    assert not wants_drafts(SimpleNamespace(sampling_params=params, use_structured_output=True))
+
+
+def test_benchmark_on_random_weights(tmp_path, monkeypatch):
+    kind, sizes = shapes.RANDOM["random:smollm2-135m"]
+    monkeypatch.setitem(shapes.RANDOM, "random:smollm2-135m", (kind, {**sizes, "num_hidden_layers": 1}))
+    folder = serving.write_random("random:smollm2-135m", tmp_path)
+    assert engine_options(folder, Options(cuda=True))["hf_overrides"] == {"architectures": ["TidarLlamaForCausalLM"]}
+    with pytest.raises(TidarError, match="share of drafts"):
+        next(serving.measure(serving.Load("random:smollm2-135m")))
+    with pytest.raises(TidarError, match="several GPUs"):
+        next(serving.measure(serving.Load(folder, survival=0.5, more={"tensor_parallel_size": 2})))

@@ -1,0 +1,93 @@
+"""One server: parity with plain decoding by vLLM on the same weights; nothing lost, doubled or leaked on the way."""
+
+import random
+
+import pytest
+from cases import EDGE, PROCESSED, PROMPTS, TIDAR, count, oracle
+from engines import answers, core, engine, free_blocks
+from vllm import SamplingParams
+
+from tidar.vllm import metrics
+
+
+@pytest.fixture(scope="module")
+def served(checkpoint, plain):
+    with engine(checkpoint, TIDAR) as llm:
+        yield llm
+
+
+def test_greedy_parity_and_the_curve(served, plain):
+    for requests, drafting in ((7, False), (5, True), (3, True), (1, True)):
+        steps = count(metrics.STEPS)
+        assert answers(served, PROMPTS[:requests], 60) == plain["greedy"][:requests]
+        assert (count(metrics.STEPS) > steps) == drafting
+
+
+def test_parity_where_most_drafts_stand(served, plain):
+    steps, tokens, misses = (count(c) for c in (metrics.STEPS, metrics.TOKENS, metrics.MISSES))
+    with oracle(plain).instead(served):
+        for batch in (PROMPTS[:1], PROMPTS[:3], PROMPTS[1:6]):
+            expected = [plain["greedy"][PROMPTS.index(prompt)] for prompt in batch]
+            assert answers(served, batch, 60) == expected
+    assert count(metrics.TOKENS) - tokens > 2 * (count(metrics.STEPS) - steps)
+    assert count(metrics.MISSES) > misses
+
+
+def test_processed_logits(served, plain):
+    steps = count(metrics.STEPS)
+    assert [answers(served, PROMPTS[:2], **params) for params in PROCESSED] == plain["processed"]
+    assert count(metrics.STEPS) > steps
+
+
+def test_context_edge(served, plain):
+    assert answers(served, EDGE, 100) == plain["edge"]
+    assert [len(answer) for answer in plain["edge"]] == [1, 2, 5, 12, 30]
+
+
+def test_switch_and_plain_neighbours(served, plain):
+    steps = count(metrics.STEPS)
+    off = answers(served, PROMPTS, 60, extra_args={"tidar": False})
+    assert off == plain["greedy"]
+    assert count(metrics.STEPS) == steps
+    kinds = [{}, {"extra_args": {"tidar": 0}}, {"logprobs": 2}]
+    asked = [
+        SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True, detokenize=False, **kind) for kind in kinds
+    ]
+    outputs = served.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS[:3]], asked, use_tqdm=False)
+    assert [list(output.outputs[0].token_ids) for output in outputs] == plain["greedy"][:3]
+    assert count(metrics.STEPS) > steps
+    told = outputs[2].outputs[0].logprobs
+    assert len(told) == 60
+    assert all(token in entry for token, entry in zip(plain["greedy"][2], told, strict=True))
+
+
+def test_seeds_repeat(served):
+    params = {"temperature": 1.0, "seed": 7}
+    first = answers(served, PROMPTS[:2], 40, **params)
+    assert (
+        first == answers(served, PROMPTS[:2], 40, **params) != answers(served, PROMPTS[:2], 40, temperature=1.0, seed=8)
+    )
+
+
+def test_cancellations_leak_nothing(served, plain):
+    """Fifty requests in random order, half of them cancelled while they run."""
+    chance, start = random.Random(0), free_blocks(served)
+    llm_engine, got, cancelled = served.llm_engine, dict[str, list[int]](), set[str]()
+    for number in range(50):
+        prompt = PROMPTS[number % len(PROMPTS)]
+        params = SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True, detokenize=False)
+        llm_engine.add_request(f"r{number}", {"prompt_token_ids": prompt}, params)
+    with oracle(plain).instead(served):
+        while llm_engine.has_unfinished_requests():
+            for output in llm_engine.step():
+                got[output.request_id] = list(output.outputs[0].token_ids)
+            if len(cancelled) < 25 and chance.random() < 0.7:
+                victim = f"r{chance.randrange(50)}"
+                cancelled.add(victim)
+                llm_engine.abort_request([victim])
+    for number in range(50):
+        answer, expected = got.get(f"r{number}", []), plain["greedy"][number % len(PROMPTS)]
+        assert answer == expected if f"r{number}" not in cancelled else answer == expected[: len(answer)]
+    assert free_blocks(served) == start
+    assert not core(served).scheduler.running
+    assert not core(served).scheduler.waiting

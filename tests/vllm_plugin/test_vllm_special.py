@@ -1,0 +1,90 @@
+"""Servers of their own: small chunks of prompts, sampling, other models, the local engine beside it."""
+
+from collections import Counter
+
+import pytest
+import torch
+from cases import PROMPTS, TIDAR, count, oracle
+from engines import answers, engine, free_blocks
+from models import tiny_checkpoint
+from transformers import AutoModelForCausalLM
+from vllm import SamplingParams
+
+from tidar import sampling
+from tidar.vllm import Options, metrics
+
+
+def test_prefix_cache_and_chunked_prefill(checkpoint, plain):
+    with engine(checkpoint, TIDAR, max_num_batched_tokens=32, enable_prefix_caching=True) as llm:
+        start = free_blocks(llm)
+        for _ in range(2):
+            assert answers(llm, PROMPTS, 60) == plain["greedy"]
+        longer = [prompt + answer[:40] for prompt, answer in zip(PROMPTS, plain["greedy"], strict=True)]
+        assert answers(llm, longer, 20) == [answer[40:60] for answer in plain["greedy"]]
+        assert free_blocks(llm) == start
+
+
+def test_sampling_follows_the_models_distribution(checkpoint, plain):
+    """The second and third tokens of many seeded requests, against what plain decoding would draw them from."""
+    draws, prompt = 1536, PROMPTS[0]
+    asked = [
+        SamplingParams(max_tokens=3, temperature=0.8, min_p=0.1, seed=seed, ignore_eos=True, detokenize=False)
+        for seed in range(draws)
+    ]
+    options = Options(cuda=False, max_num_seqs=32, curve=((32, 4, 1),))
+    with engine(checkpoint, options) as llm, oracle(plain).instead(llm):
+        outputs = llm.generate([{"prompt_token_ids": prompt}] * draws, asked, use_tqdm=False)
+    seen = Counter(tuple(output.outputs[0].token_ids) for output in outputs)
+    expected = exact_continuations(checkpoint, prompt, 3, 0.8, 0.1)
+    assert seen.keys() <= expected.keys()
+    likely = {text: chance * draws for text, chance in expected.items() if chance * draws >= 5}
+    rest = draws - sum(likely.values())
+    squares = sum((seen[text] - number) ** 2 / number for text, number in likely.items())
+    squares += (sum(n for text, n in seen.items() if text not in likely) - rest) ** 2 / max(rest, 1)
+    freedom = len(likely)
+    assert squares < freedom + 4 * (2 * freedom) ** 0.5, (squares, freedom)
+
+
+def exact_continuations(folder, prompt, new, temperature, min_p):
+    """Every continuation of `new` tokens, with its probability."""
+    lm, law = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), dict[tuple[int, ...], float]()
+    params = sampling.SamplingParams(temperature, min_p=min_p)
+    frontier = {(): 1.0}
+    for _ in range(new):
+        rows = torch.tensor([[*prompt, *text] for text in frontier])
+        with torch.inference_mode():
+            probs = params.probabilities(lm(rows).logits[:, -1])
+        law = {
+            (*text, token): chance * float(row[token])
+            for (text, chance), row in zip(frontier.items(), probs, strict=True)
+            for token in row.nonzero().flatten().tolist()
+        }
+        frontier = law
+    return law
+
+
+@pytest.mark.parametrize(("arch", "lossless"), [("qwen2", True), ("qwen3", False), ("olmo2", True)])
+def test_other_models(tmp_path, arch, lossless):
+    folder = tiny_checkpoint(tmp_path, arch, lossless)
+    with engine(folder, Options(mode="ar")) as llm:
+        expected = answers(llm, PROMPTS[:3])
+    with engine(folder, Options(cuda=False, draft_length=4, outcomes=2)) as llm:
+        steps = count(metrics.STEPS)
+        assert answers(llm, PROMPTS[:3]) == expected
+        assert count(metrics.STEPS) > steps
+
+
+def test_drafts_are_the_local_engines(checkpoint):
+    """Not only exact but as good: the same forwards per answer as tidar's own decoder."""
+    from tidar import TidarModel
+    from tidar.decode.engine import Engine, Limits
+    from tidar.decode.step import Plan
+
+    local = TidarModel.from_pretrained(checkpoint, device="cpu", dtype="float32")
+    [*_, updates] = Engine(local.network, Plan(4, outcomes=2)).run([PROMPTS[0]], Limits(60))
+    with engine(checkpoint, Options(cuda=False, draft_length=4, outcomes=2)) as llm, torch.inference_mode():
+        steps, tokens = count(metrics.STEPS), count(metrics.TOKENS)
+        assert answers(llm, PROMPTS[:1], 60)[0] == updates[0].answer.token_ids
+        forwards = count(metrics.STEPS) - steps
+    # A prompt's forward drafts here but not there, so the first step of vLLM's has nothing to judge.
+    assert abs(forwards + 1 - updates[0].answer.forwards) <= 2, (forwards, updates[0].answer.forwards, tokens)
