@@ -45,15 +45,9 @@ NAMES = {
 
 DECODE = {"--model": TINY, "--device": "cpu", "--max-new-tokens": 8}
 TRAIN = {
-    **{
-        "--model": TINY,
-        "--device": "cpu",
-        "--steps": 2000,
-        "--batch-size": 2,
-        "--sequence-length": 96,
-        "--log-every": 1,
-    },
-    **{"--anchors": 4, "--rank": 4, "--sampler-width": 8, "--answer-tokens": 8, "--answers-per-prompt": 1},
+    **{"--model": TINY, "--device": "cpu", "--log-every": 1},
+    **{"--steps": 2000, "--batch-size": 2, "--sequence-length": 96, "--anchors": 4},
+    **{"--rank": 4, "--sampler-width": 8, "--answer-tokens": 8, "--answers-per-prompt": 1},
 }
 SMALL = {
     "generate": DECODE,
@@ -90,6 +84,7 @@ NOT_RUN = {
 }
 """Commands that are only checked, and why: what a machine for tests lacks."""
 NOT_RUN_PYTHON = {"import OpenAI": "a running server"}
+"""The same for Python, by a text that such a block has."""
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 SHOWN = ("text", "json")
 """Blocks that show something and run nothing."""
@@ -109,10 +104,13 @@ class Block(NamedTuple):
 def blocks_of(page: str) -> list[Block]:
     text = (ROOT / page).read_text(encoding="utf-8")
     fences = re.finditer(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```$", text, re.DOTALL | re.MULTILINE)
-    return [Block(page, text[: f.start()].count("\n") + 1, f[2], f[3]) for f in fences]
+    blocks = [Block(page, text[: f.start()].count("\n") + 1, f[2], f[3]) for f in fences]
+    assert len(re.findall(r"^ *(?:```|~~~)", text, re.MULTILINE)) == 2 * len(blocks), f"{page}: a fence of another kind"
+    return blocks
 
 
-STAND_IN = '#!/bin/bash\nprintf "%s\\0" "${0##*/}" "$@" >> "$RECORD"; printf "\\1\\0" >> "$RECORD"\n'
+END = "\1"
+STAND_IN = '#!/bin/bash\nprintf "%s\\0" "${0##*/}" "$@" $\'\\1\' >> "$RECORD"\n'
 
 
 def commands_of(block: Block, folder: Path) -> list[list[str]]:
@@ -128,8 +126,15 @@ def commands_of(block: Block, folder: Path) -> list[list[str]]:
     script = f"set -eu\n{block.code}\nwait\n"
     done = subprocess.run(["/bin/bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{block.place}: {done.stderr}"
-    words = record.read_text().split("\0")[:-1]
-    return [line.split("\0") for line in "\0".join(words).removesuffix("\1").rstrip("\0").split("\0\1\0") if line]
+    commands, words = [], []
+    for word in record.read_text().split("\0")[:-1]:
+        if word == END:
+            commands.append(words)
+            words = []
+        else:
+            words.append(word)
+    assert commands, f"{block.place}: no command"
+    return commands
 
 
 def tidar_words(command: list[str]) -> list[str] | None:
