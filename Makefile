@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 PIP := $(VENV)/bin/python -m pip install -q --disable-pip-version-check
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-browser test-vllm lint gpu-check clean
+.PHONY: demo test test-browser test-vllm lint docs gpu-check clean
 
 demo: $(STAMP)
 	$(VENV)/bin/python examples/demo.py
@@ -17,6 +17,10 @@ test: lint
 test-browser: $(STAMP)
 	$(PIP) playwright
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest tests/browser_check.py
+
+# The documentation as a site: build/site. Nothing in it is loaded from elsewhere.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

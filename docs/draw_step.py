@@ -21,7 +21,7 @@ REJECTED = "#c0392b"
 WORDS = ("only D stands", "D and E stand", "all three stand")
 
 
-def main() -> None:
+def picture() -> str:
     layout = step_layout(K, range(1, K + 1)).after(torch.tensor([PREFIX]))
     mask = layout.dense_mask(PREFIX + layout.size)[0, 0].tolist()
     positions = [*range(PREFIX), *layout.position[0].tolist()]
@@ -41,7 +41,7 @@ def main() -> None:
         *story(),
         "</svg>",
     ]  # fmt: skip
-    Path(__file__).with_name("step.svg").write_text("\n".join(parts) + "\n", encoding="utf-8")
+    return "\n".join(parts) + "\n"
 
 
 def header(letters: list[str], positions: list[int]) -> list[str]:
@@ -175,4 +175,4 @@ def arrow(path: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    Path(__file__).with_name("step.svg").write_text(picture(), encoding="utf-8")

@@ -1,4 +1,7 @@
-"""Write docs/ablations.md and its plots from the measurements in results/: `python docs/make_training.py`."""
+"""Write docs/ablations.md, its plots and docs/convert.md from the measurements in results/.
+
+python docs/make_training.py
+"""
 
 from __future__ import annotations
 
@@ -250,9 +253,36 @@ def save(figure: Any, name: str) -> None:
     Image.open(picture).convert("RGB").quantize(48).save(RESULTS / f"{name}.png", optimize=True)
 
 
-MAKERS = {f.__name__: f for f in (ablations, group, throughput, generation, distributed, large, exact)}
+def costs() -> str:
+    """What a conversion takes, by model and objective."""
+    rows = []
+    for name in ("train-smollm2-135m-h200", "train-qwen2.5-1.5b-h200"):
+        result = load(f"{name}.json")
+        device = result["conditions"]["device"].removeprefix("NVIDIA ")
+        model = result["model"].removeprefix("random:")
+        for row in result["rows"]:
+            if row["objective"] in SLOWEST:
+                rows.append(
+                    _cost(model, row["objective"], f"1 {device}", row["tokens_per_second"], row["peak_memory_gib"])
+                )
+    result = load(f"{DISTRIBUTED}.json")
+    run = next(run for run in result["runs"] if run["name"] == "8b")
+    peak = max(entry["peak_memory_gib"] for entry in run["curve"])
+    rows.append(_cost("qwen3-8b", "lossless", f"{run['processes']} H200, `--fsdp`", median(speeds(run)), peak))
+    header = ["shape", "objective", "GPUs", "clean tokens/s", "peak GiB a GPU", "100M clean tokens, by that"]
+    return table(header, rows)
+
+
+def _cost(model: str, objective: str, gpus: str, speed: float, peak: float) -> list[object]:
+    minutes = 1e8 / speed / 60
+    time = f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"
+    return [model, objective, gpus, f"{speed:,.0f}", f"{peak:.1f}", time]
+
+
+MAKERS = {f.__name__: f for f in (costs, ablations, group, throughput, generation, distributed, large, exact)}
 
 if __name__ == "__main__":
-    (HERE / "ablations.md").write_text(render("ablations", MAKERS))
+    for page in ("ablations", "convert"):
+        (HERE / f"{page}.md").write_text(render(page, MAKERS))
     plot_ablations()
     plot_distributed()

@@ -19,7 +19,7 @@ def render(page: str, makers: Mapping[str, Callable[..., str]]) -> str:
         name, *arguments = line[1].split()
         return makers[name](*arguments).rstrip()
 
-    return re.sub(r"^\{(.+)\}$", make, (HERE / f"{page}.in.md").read_text(), flags=re.MULTILINE)
+    return re.sub(r"^\{(\w.*)\}$", make, (HERE / f"{page}.in.md").read_text(), flags=re.MULTILINE)
 
 
 def load(name: str) -> dict[str, Any]:

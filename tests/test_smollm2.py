@@ -35,10 +35,10 @@ def test_the_shipped_drafter_is_at_most_24_mb():
     assert sum(f.stat().st_size for f in (SHIPPED / SMOLLM2).iterdir()) <= 24_000_000
 
 
-def test_the_readmes_python_runs_and_prints_an_answer(capsys):
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    for block in re.findall(r"```python\n(.*?)```", readme, re.S):
-        exec(compile(block, "README.md", "exec"), {})
+def test_the_first_pages_python_answers_by_the_real_model(capsys):
+    page = Path(__file__).parent.parent / "docs" / "index.md"
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
+        exec(compile(block, str(page), "exec"), {})
     printed = capsys.readouterr().out
     assert re.search(r" \d\.\d+\n", printed)  # tokens per forward, after the answer
     assert "marbles" in printed

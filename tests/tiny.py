@@ -1,5 +1,6 @@
 """Tiny random causal LMs, with and without a drafter: sharp enough that argmaxes are decided by wide margins."""
 
+import json
 from functools import cache
 from pathlib import Path
 
@@ -116,9 +117,11 @@ def tiny_folder(
     return str(folder)
 
 
-def drafting_folder(folder: Path) -> str:
+def drafting_folder(folder: Path, mask_token: bool = False, context: int = CONTEXT) -> str:
     """Such a folder with a drafter of blocks of 4 inside."""
-    model = TidarModel.from_pretrained(tiny_folder(folder), device="cpu")
+    file = Path(tiny_folder(folder, mask_token=mask_token)) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": context}))
+    model = TidarModel.from_pretrained(str(folder), device="cpu")
     drafter = Drafter(model.hf_model, DrafterSpec(rank=4, sampler_width=8))
     drafter.save(folder / "drafter", str(folder), TidarConfig(block_size=4))
     return str(folder)
