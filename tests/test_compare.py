@@ -341,10 +341,13 @@ def test_only_what_is_shown_is_called_better():
     analysis = analyse(made())
     assert {r.name: r.faster.shown for r in analysis.rows[1:]} == {"fast <b>": "better", "like ar": "not shown"}
     assert "no difference in speed shown" in analysis.findings[1]
-    assert "no difference in quality shown" in analysis.findings[0]
-    better = analyse(made(right=(0.2, 0.9, 0.2))).rows[1].righter
-    assert better.shown == "better"
-    assert better.effect.value == pytest.approx(0.7, abs=0.15)
+    assert analysis.findings[2:] == ["No difference in quality from ar is shown for any method."]
+    better = analyse(made(right=(0.2, 0.9, 0.2)))
+    assert better.rows[1].righter.shown == "better"
+    assert "more right answers" in better.findings[0]
+    assert "no difference in quality shown" in better.findings[1]
+    assert len(better.findings) == 2
+    assert better.rows[1].righter.effect.value == pytest.approx(0.7, abs=0.15)
 
 
 def test_few_prompts_never_show_anything():

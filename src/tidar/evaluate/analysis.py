@@ -230,8 +230,10 @@ def _correct(effects: list[Effect], nothing: float) -> None:
 
 
 def _findings(rows: list[Row], baseline: str) -> list[str]:
-    """One sentence for each method: what is shown, and what is not."""
+    """One sentence for each method: what is shown, and what is not; one for all where no quality differs."""
     found = []
+    graded = [row.righter for row in rows if row.righter is not None]
+    alike = len(graded) > 1 and all(effect.shown == "not shown" for effect in graded)
     for row in rows:
         if row.faster is None:
             continue
@@ -239,7 +241,7 @@ def _findings(rows: list[Row], baseline: str) -> list[str]:
         pace = f"{e.value:.2f}x the tokens per second of {baseline} (95% interval {e.low:.2f} to {e.high:.2f})"
         words = {"better": "faster", "worse": "slower", "not shown": "no difference in speed shown"}
         text = f"{row.name}: {words[row.faster.shown]}, {pace}"
-        if row.righter is not None:
+        if row.righter is not None and not alike:
             d = row.righter.effect
             words = {
                 "better": "more right answers",
@@ -248,6 +250,8 @@ def _findings(rows: list[Row], baseline: str) -> list[str]:
             }
             text += f"; {words[row.righter.shown]}, {d.value:+.1%} ({d.low:+.1%} to {d.high:+.1%})"
         found.append(text + ".")
+    if alike:
+        found.append(f"No difference in quality from {baseline} is shown for any method.")
     return found
 
 

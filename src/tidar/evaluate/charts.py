@@ -99,7 +99,7 @@ def histogram(counts: Sequence[int], group: int, label: str) -> str:
             f'width="{slot * 0.8:.1f}" height="{tall:.1f}">'
             f"<title>{n} tokens: {count:,} forwards ({share:.1%})</title></rect>"
         )
-        every = max(1, len(counts) // 9)
+        every = 1 + (len(counts) - 1) // 10
         if n % every == 0:
             bars.append(f'<text class="t m" x="{at + slot / 2:.1f}" y="{height - 8}">{n}</text>')
         if count == most:

@@ -112,7 +112,8 @@ def to_markdown(analysis: Analysis) -> str:
 def setting(analysis: Analysis) -> str:
     """The conditions that belong to every figure, in one line."""
     c = analysis.conditions
-    lengths = ", ".join(dict.fromkeys(str(row.facts["K"]) for row in analysis.rows if row.facts["K"] is not None))
+    found = {str(row.facts["K"]) for row in analysis.rows if row.facts["K"] is not None}
+    lengths = ", ".join(sorted(found, key=lambda text: (len(text), text)))
     dtypes = ", ".join(dict.fromkeys(row.facts["dtype"] for row in analysis.rows))
     threads = f" ({c['threads']} threads)" if c.get("threads") else ""
     return (
