@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 PIP := $(VENV)/bin/python -m pip install -q --disable-pip-version-check
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-browser test-vllm lint docs gpu-check clean
+.PHONY: demo test test-browser test-vllm lint docs gpu-check ranks-check clean
 
 demo: $(STAMP)
 	$(VENV)/bin/python examples/demo.py
@@ -31,6 +31,10 @@ lint: $(STAMP)
 GPU_PYTHON ?= $(VENV)/bin/python
 gpu-check:
 	$(GPU_PYTHON) tests/gpu_check.py
+
+# With two GPUs: whether DDP and FSDP2 compute one GPU's gradients, step by step.
+ranks-check:
+	$(GPU_PYTHON) tests/ranks_check.py
 
 # vLLM has an environment of its own. Its CPU build runs Triton's kernels in the interpreter, through a stub that says
 # there is a CPU; packages built for another torch must not be in the way.
