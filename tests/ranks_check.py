@@ -101,7 +101,7 @@ def train(way: str, objective: str, out: Path, cpu: bool) -> None:
 
 
 def compare(one: dict, other: dict) -> list[tuple[float, float, str, float]]:
-    """Of each step: error of the loss and of the whole gradient, and the parameter that is furthest off, with its own."""
+    """Of each step: errors of the loss and of the whole gradient, the parameter that is furthest off, and its error."""
     lines = []
     for step, (mine, theirs) in enumerate(zip(one["gradients"], other["gradients"], strict=True)):
         assert mine.keys() == theirs.keys(), mine.keys() ^ theirs.keys()
