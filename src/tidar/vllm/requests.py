@@ -26,12 +26,12 @@ Send = Callable[[Message], Awaitable[None]]
 
 def check_body(body: dict[str, Any]) -> dict[str, Any]:
     """The body as vLLM should see it. Raises TidarError for what cannot be honoured."""
-    named = [name for name in ONLY_LOCAL if name in body or name in (body.get("vllm_xargs") or {})]
-    if named:
-        raise TidarError(f"{', '.join(named)}: fixed when the server starts, and not for each request")
     extra = body.get("vllm_xargs") or {}
     if not isinstance(extra, dict):
         raise TidarError("vllm_xargs must be an object")
+    named = [name for name in ONLY_LOCAL if name in body or name in extra]
+    if named:
+        raise TidarError(f"{', '.join(named)}: fixed when the server starts, and not for each request")
     given = [place[SWITCH] for place in (body, extra) if SWITCH in place]
     if not given:
         return body
@@ -57,7 +57,7 @@ class CheckRequests:
             return
         try:
             body = json.loads(raw)
-        except ValueError:
+        except (ValueError, RecursionError):
             body = None  # vLLM says what is wrong with it
         if isinstance(body, dict):
             try:
