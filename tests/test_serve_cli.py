@@ -15,6 +15,7 @@ import pytest
 
 from openai_suite import Served
 from serving import wait_until
+from tidar.errors import TidarError
 from tiny import CONTEXT, drafting_folder
 
 
@@ -80,6 +81,20 @@ def test_bad_options_are_one_line(run, folder, args, says):
     assert (code, out) == (2, "")
     assert says in err
     assert err.count("\n") == 1 or "Loading" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"), [(TidarError("no room"), 2, "tidar: no room\n"), (KeyboardInterrupt(), 130, "")]
+)
+def test_a_start_that_fails_is_one_line_and_ctrl_c_ends_it(run, monkeypatch, folder, error, code, says):
+    def fail(self, *args):
+        raise error
+
+    monkeypatch.setattr("tidar.decode.planner.AutoPlanner.prepare", fail)
+    got, out, err = run("serve", folder, "--engine", "local", "--device", "cpu", "--port", 0)
+    assert (got, out) == (code, "")
+    assert err.endswith(says)
+    assert "Traceback" not in err
 
 
 def test_what_is_not_installed_is_named(run, monkeypatch, folder):
