@@ -9,12 +9,14 @@ import sys
 import threading
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
 
 from openai_suite import Served
 from serving import wait_until
+from tidar.cli import serve
 from tidar.errors import TidarError
 from tiny import CONTEXT, drafting_folder
 
@@ -138,3 +140,20 @@ def test_vllm_is_given_its_flags(run, monkeypatch, folder, named):
     ]
     assert environment["VLLM_API_KEY"] == "secret"
     assert not any("secret" in argument for argument in argv)
+
+
+def test_vllm_is_the_default_only_for_what_it_can_load(monkeypatch, folder):
+    found = "0.26.0"
+    monkeypatch.setattr("tidar.cli.serve.installed_version", lambda: found)
+    whole, drafter = str(folder), str(Path(folder) / "drafter")
+    assert [serve._default_engine(model) for model in (whole, drafter, "smollm2-135m")] == ["vllm", "local", "local"]
+    found = None
+    assert serve._default_engine(whole) == "local"
+
+
+@pytest.mark.parametrize(
+    ("host", "address", "loopback"), [("alias", "127.0.0.1", True), ("::1", "::1", True), ("alias", "0.0.0.0", False)]
+)
+def test_other_names_are_refused_wherever_only_this_machine_listens(host, address, loopback):
+    names = serve._names(host, SimpleNamespace(getsockname=lambda: (address, 80)))
+    assert names == (["localhost", "127.0.0.1", "[::1]", host] if loopback else None)
