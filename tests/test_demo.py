@@ -102,13 +102,13 @@ def test_a_model_without_drafter_says_so(tmp_path):
 
 
 def test_unknown_fields_and_other_sites_are_refused(model):
-    assert ask(model, "POST", "/demo/run", json={"prompt": "hi", "top_z": 1}).status_code == 422
+    assert ask(model, "POST", "/demo/run", json={"prompt": "hi", "top_z": 1}).status_code == 400
     other = {"origin": "https://example.com"}
     assert ask(model, "POST", "/demo/run", json={"prompt": "hi"}, headers=other).status_code == 403
     same = {"origin": "http://127.0.0.1:9"}
     assert ask(model, "POST", "/demo/run", json={"prompt": "hi", "max_new_tokens": 1}, headers=same).status_code == 200
     text = {"content-type": "text/plain"}  # what a form of another site could send
-    assert ask(model, "POST", "/demo/run", content='{"prompt": "hi"}', headers=text).status_code == 422
+    assert ask(model, "POST", "/demo/run", content='{"prompt": "hi"}', headers=text).status_code == 400
 
 
 def test_a_second_run_waits_for_its_turn(model):
@@ -225,6 +225,23 @@ def test_the_page_with_a_trace_cannot_be_broken_out_of():
     policy = re.search(r'content="(default-src [^"]*)"', page)[1]
     assert "unsafe" not in policy
     assert "script-src 'sha256-" in policy
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (r'{"prompt": "\ud800"}', "prompt: "),
+        (r'{"prompt": "x", "mode": "\ud800"}', "mode: "),
+        (r'{"prompt": "x", "\ud800": 1}', "the request: "),
+        ('{"prompt": 5, "temperature": NaN}', "prompt: "),
+        ("[", ""),
+        ("", ""),
+    ],
+)
+def test_bodies_that_cannot_be_read_are_refused_in_a_line(model, body, says):
+    answer = ask(model, "POST", "/demo/run", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    assert answer.json()["error"].startswith(says)
 
 
 @pytest.mark.parametrize(("port", "said"), [("70000", "port is 70000"), ("taken", "cannot be used")])

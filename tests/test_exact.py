@@ -1,6 +1,8 @@
 """Decoding is lossless: token for token generate's greedy output, and the AR distribution when sampling."""
 
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -475,3 +477,24 @@ def test_a_dear_prefill_waits_until_it_fills_more_places(monkeypatch):
         assert sum(admitted) == 24
         prefills.append(len(admitted))
     assert prefills[1] < prefills[0]
+
+
+def test_two_threads_may_decode_with_one_network(monkeypatch):
+    """A server and a demo, say; without fused layers, whose drafter is gated in the stock modules."""
+    switch = sys.getswitchinterval()
+    monkeypatch.setattr(Network, "build_fused", lambda self: None)
+    network, plans = tiny_network("llama"), [Plan(4), Plan(6, SamplingParams(1.0, seed=3), outcomes=2)]
+
+    def decode(plan: Plan) -> list[tuple[list[int], int]]:
+        answers = {}
+        for updates in Engine(network, plan).run(PROMPTS, Limits(40), 2):
+            answers.update({update.answer.row: update.answer for update in updates})
+        return [(answers[row].token_ids, answers[row].forwards) for row in range(len(PROMPTS))]
+
+    alone = [decode(plan) for plan in plans]
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            assert list(threads.map(decode, plans)) == alone
+    finally:
+        sys.setswitchinterval(switch)

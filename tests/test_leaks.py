@@ -1,5 +1,8 @@
 """Networks see what the rules allow and nothing else; the AR half is the base model, whatever the drafter does."""
 
+import copy
+import threading
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -214,3 +217,44 @@ def test_clean_states_have_no_gradient_from_the_drafter(arch):
     clean = network(ids, layout)[:, : layout.clean]
     gradients = torch.autograd.grad(clean.square().sum(), list(network.drafter.parameters()), allow_unused=True)
     assert not any(g is not None and g.any() for g in gradients)
+
+
+def test_each_thread_has_a_gate_of_its_own():
+    """Forwards of two threads that overlap: neither sees where the other's masks begin, and no gate stays open."""
+    gate, both, seen = Gate(), threading.Barrier(2, timeout=10), {}
+
+    def forward(start: int) -> None:
+        with gate.opened(start):
+            both.wait()
+            seen[start] = gate.start
+            both.wait()
+        both.wait()
+        seen[-start] = gate.start
+
+    threads = [threading.Thread(target=forward, args=[start]) for start in (3, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {3: 3, 5: 5, -3: None, -5: None}
+    assert gate.start is None
+
+
+def test_a_compiled_layer_reads_the_gate_as_it_is():
+    """A graph that was made while it was closed, or opened elsewhere, is not used again."""
+    layer = GatedLinear(nn.Linear(4, 4), 2, 1.0, Gate())
+    nn.init.normal_(layer.lora_B.weight)
+    compiled, x = torch.compile(layer, backend="eager", fullgraph=True, dynamic=False), torch.randn(2, 6, 4)
+    plain = layer(x)
+    assert torch.equal(compiled(x), plain)
+    for start in (3, 5, 0):
+        with layer.gate.opened(start):
+            assert torch.equal(compiled(x), layer(x))
+            assert not torch.equal(compiled(x)[:, start:], plain[:, start:])
+        assert torch.equal(compiled(x), plain)
+
+
+def test_a_network_can_be_copied():
+    copied = copy.deepcopy(tiny_network("llama"))
+    gates = {module.gate for module in copied.modules() if isinstance(module, GatedLinear)}
+    assert gates == {copied.drafter.gate}

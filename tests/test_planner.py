@@ -409,6 +409,11 @@ def test_costs_are_measured_once_and_kept(tmp_path, monkeypatch, capsys):
     assert Costs(Runner(network)).known == {"2 x 4/4/0": 0}
     assert Costs(Runner(network_of("qwen2"))).path != file
 
+    class Captured(Runner):
+        captures = True
+
+    assert Costs(Captured(network)).path != file  # a traced run on a GPU is eager, others are not
+
 
 def test_auto_decodes_what_generate_does():
     network = network_of("llama")

@@ -189,6 +189,13 @@ def test_a_key_is_needed_but_for_health_and_metrics(model):
         assert client.get("/health").status_code == client.get("/metrics").status_code == 200
 
 
+def test_a_key_may_have_any_characters(model):
+    app = create_app(model, name="tiny", api_key="schlüssel", **PLAN)
+    with TestClient(app) as client:
+        for key, status in (("schlüssel", 200), ("schlussel", 401)):
+            assert client.get("/v1/models", headers={"Authorization": f"Bearer {key}".encode()}).status_code == status
+
+
 def test_only_named_hosts_are_answered(model):
     with TestClient(create_app(model, name="tiny", hosts=["127.0.0.1"], **PLAN)) as client:
         assert client.get("http://127.0.0.1:80/v1/models").status_code == 200

@@ -9,12 +9,15 @@ import sys
 import threading
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
 
 from openai_suite import Served
 from serving import wait_until
+from tidar.cli import serve
+from tidar.errors import TidarError
 from tiny import CONTEXT, drafting_folder
 
 
@@ -82,6 +85,20 @@ def test_bad_options_are_one_line(run, folder, args, says):
     assert err.count("\n") == 1 or "Loading" in err
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "says"), [(TidarError("no room"), 2, "tidar: no room\n"), (KeyboardInterrupt(), 130, "")]
+)
+def test_a_start_that_fails_is_one_line_and_ctrl_c_ends_it(run, monkeypatch, folder, error, code, says):
+    def fail(self, *args):
+        raise error
+
+    monkeypatch.setattr("tidar.decode.planner.AutoPlanner.prepare", fail)
+    got, out, err = run("serve", folder, "--engine", "local", "--device", "cpu", "--port", 0)
+    assert (got, out) == (code, "")
+    assert err.endswith(says)
+    assert "Traceback" not in err
+
+
 def test_what_is_not_installed_is_named(run, monkeypatch, folder):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else find(name))
@@ -123,3 +140,20 @@ def test_vllm_is_given_its_flags(run, monkeypatch, folder, named):
     ]
     assert environment["VLLM_API_KEY"] == "secret"
     assert not any("secret" in argument for argument in argv)
+
+
+def test_vllm_is_the_default_only_for_what_it_can_load(monkeypatch, folder):
+    found = "0.26.0"
+    monkeypatch.setattr("tidar.cli.serve.installed_version", lambda: found)
+    whole, drafter = str(folder), str(Path(folder) / "drafter")
+    assert [serve._default_engine(model) for model in (whole, drafter, "smollm2-135m")] == ["vllm", "local", "local"]
+    found = None
+    assert serve._default_engine(whole) == "local"
+
+
+@pytest.mark.parametrize(
+    ("host", "address", "loopback"), [("alias", "127.0.0.1", True), ("::1", "::1", True), ("alias", "0.0.0.0", False)]
+)
+def test_other_names_are_refused_wherever_only_this_machine_listens(host, address, loopback):
+    names = serve._names(host, SimpleNamespace(getsockname=lambda: (address, 80)))
+    assert names == (["localhost", "127.0.0.1", "[::1]", host] if loopback else None)

@@ -216,6 +216,7 @@ def test_json_and_page(run, folder, tmp_path):
         (["--mode", "block-diffusion"], "no drafts to trace"),
         (["--mode", "fast"], "mode is 'fast'"),
         (["-o", "/proc/no/trace.html"], "cannot write"),
+        (["-o", "."], "it is a folder"),
         (["--draft-length", "0"], "draft length is 0"),
     ],
 )

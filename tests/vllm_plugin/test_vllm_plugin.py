@@ -1,5 +1,6 @@
 """The plug-in's own logic, which needs no vLLM: curves, flags, requests, versions."""
 
+import asyncio
 import itertools
 import json
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import pytest
 from tidar.bench import serving, shapes
 from tidar.errors import TidarError
 from tidar.vllm import Options, arguments, engine_options, hooks
-from tidar.vllm.requests import check_body
+from tidar.vllm.requests import CheckRequests, check_body
 from tidar.vllm.settings import wants_drafts
 from tidar.vllm.shapes import PLAIN, Curve, Shape, choose_curve
 from tiny import drafting_folder, tiny_folder
@@ -59,6 +60,23 @@ def test_folders_that_cannot_draft(tmp_path):
         arguments(tiny_folder(tmp_path), Options(cuda=False))
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (Options(mode="ar", draft_length=4), "mode 'ar' drafts nothing"),
+        (Options(mode="ar", outcomes=4), "mode 'ar' drafts nothing"),
+        (Options(mode="ar", curve=((4, 4, 2),)), "mode 'ar' drafts nothing"),
+        (Options(mode="other"), "mode is 'other'"),
+        (Options(draft_length=0), "draft length is 0"),
+        (Options(outcomes=0), "outcomes is 0"),
+        (Options(outcomes=-1), "outcomes is -1"),
+    ],
+)
+def test_options_that_nobody_would_honour(tmp_path, options, says):
+    with pytest.raises(TidarError, match=says):
+        engine_options(drafting_folder(tmp_path), options)
+
+
 @pytest.mark.parametrize("off", [False, 0, "false", "off"])
 def test_switch_reaches_vllm(off):
     assert check_body({"prompt": "a", "tidar": off}) == {"prompt": "a", "vllm_xargs": {"tidar": 0}}
@@ -73,11 +91,28 @@ def test_switch_reaches_vllm(off):
         ({"trust": 0.5}, "trust"),
         ({"vllm_xargs": {"draft_length": 4}}, "draft_length"),
         ({"vllm_xargs": [1], "tidar": True}, "vllm_xargs"),
+        ({"vllm_xargs": 5}, "vllm_xargs must be"),
+        ({"vllm_xargs": "no plan"}, "vllm_xargs must be"),
     ],
 )
 def test_refusals_name_the_field(body, named):
     with pytest.raises(TidarError, match=named):
         check_body(body)
+
+
+def test_a_body_too_deep_to_read_is_left_to_vllm():
+    raw = b"[" * 100_000
+    messages, seen = iter([{"type": "http.request", "body": raw}]), []
+
+    async def receive():
+        return next(messages)
+
+    async def app(scope, receive, send):
+        seen.append((await receive())["body"])
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+    asyncio.run(CheckRequests(app)(scope, receive, None))
+    assert seen == [raw]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ def check_writable(*paths: Path | None) -> None:
         if path is None:
             continue
         try:
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, "it is a folder")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
         except OSError as error:

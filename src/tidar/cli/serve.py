@@ -7,6 +7,7 @@ import ipaddress
 import os
 import socket
 import sys
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -26,7 +27,11 @@ def serve(
         str | None, typer.Option(help="Model to serve, as of `tidar generate` [default: smollm2-135m].")
     ] = None,
     engine: Annotated[
-        str | None, typer.Option(help="'vllm', or 'local' (this process) [default: vllm where it is installed].")
+        str | None,
+        typer.Option(
+            help="'vllm', or 'local' (this process) [default: vllm where it is installed and MODEL is a folder with "
+            "all weights]."
+        ),
     ] = None,
     mode: Annotated[str, typer.Option(help="'tidar' drafts and verifies, 'ar' is plain decoding.")] = "tidar",
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is the whole network.")] = "127.0.0.1",
@@ -64,7 +69,7 @@ def serve(
     if max_queue is not None and max_queue < 0:
         raise TidarError(f"max-queue is {max_queue}, but must be at least 0")
     if engine is None:
-        engine = "local" if installed_version() is None else "vllm"
+        engine = _default_engine(model)
     own: dict[str, Any] = {"alternatives": alternatives, "plan": plan, "remeasure": remeasure}
     if engine == "vllm":
         _refuse_local(drafter=drafter, device=device, weights=weights, max_queue=max_queue, **own)
@@ -85,12 +90,17 @@ def serve(
         waiting=64 if max_queue is None else max_queue,
         context=max_model_len,
         api_key=api_key,
-        hosts=_names(host),
+        hosts=_names(host, listener),
         draft_length=draft_length,
         outcomes=outcomes,
         **own,
     )
     run(app, listener, GRACE)
+
+
+def _default_engine(model: str) -> str:
+    """vLLM cannot load a drafter alone, nor the model by name."""
+    return "vllm" if installed_version() is not None and (Path(model) / "config.json").is_file() else "local"
 
 
 def _become_vllm(model: str, flags: dict[str, Any], api_key: str | None, mode: str, *shape: int | None) -> NoReturn:
@@ -130,10 +140,7 @@ def _listen(host: str, port: int) -> socket.socket:
         raise TidarError(f"cannot listen on {host}:{port}: {first_line(error)}") from error
 
 
-def _names(host: str) -> list[str] | None:
+def _names(host: str, listener: socket.socket) -> list[str] | None:
     """Host names of requests to a loopback address: a web page that points its own name there is refused."""
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    return ["localhost", "127.0.0.1", "[::1]", host] if loopback else None
+    loopback = ipaddress.ip_address(listener.getsockname()[0]).is_loopback
+    return ["localhost", "127.0.0.1", "[::1]", host.lower()] if loopback else None

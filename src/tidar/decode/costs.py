@@ -36,7 +36,8 @@ class Costs:
 
     def __init__(self, runner: Runner, remeasure: bool = False) -> None:
         self.runner, self.network = runner, runner.network
-        self.path = cache_folder() / "costs" / f"{_fingerprint(self.network)}.json"
+        captured = "-captured" if runner.captures else ""  # a graph has another price than the same forward alone
+        self.path = cache_folder() / "costs" / f"{_fingerprint(self.network)}{captured}.json"
         self.known: dict[str, float] = {}
         self.changed = False
         if not remeasure:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -12,7 +12,9 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
 
 from tidar.api import TidarModel
@@ -52,7 +54,8 @@ def demo_router(model: TidarModel, name: str, lock: AbstractContextManager[objec
         name: how the page calls it.
         lock: held during every forward; for a server that decodes with the same model in another thread.
     """
-    router, desk = APIRouter(prefix="/demo", include_in_schema=False), Desk(model, lock)
+    router = APIRouter(prefix="/demo", include_in_schema=False, route_class=_Route)
+    desk = Desk(model, lock)
 
     @router.get("")
     def without_slash() -> Response:
@@ -82,6 +85,23 @@ def demo_router(model: TidarModel, name: str, lock: AbstractContextManager[objec
         return StreamingResponse(desk.serve(events), media_type="text/event-stream", headers=HEADERS)
 
     return router
+
+
+class _Route(APIRoute):
+    """Says in one line what is wrong with a body, in words that UTF-8 can spell whatever the body holds."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def checked(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except RequestValidationError as error:
+                first = error.errors()[0]
+                text = f"{' '.join(map(str, first['loc'][1:])) or 'the request'}: {first['msg']}"
+                return JSONResponse({"error": text.encode("utf-8", "replace").decode()}, 400)
+
+        return checked
 
 
 def refuse_other_sites(request: Request) -> None:

@@ -7,6 +7,7 @@ their own names; the base checkpoint is not changed by having a drafter.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,11 +18,17 @@ from torch import Tensor, nn
 from tidar.errors import TidarError
 
 
-class Gate:
-    """Index of the first mask token of the running forward; None while no mask token is about (plain causal LM)."""
+class Gate(threading.local):
+    """Index of the first mask token of the running forward; None while no mask token is about (plain causal LM).
 
-    def __init__(self) -> None:
+    Each thread has its own, so that a server and a demo may decode with one network at once.
+    """
+
+    def __init__(self) -> None:  # once in each thread; as a class attribute the compiler would take its value for fixed
         self.start: int | None = None
+
+    def __reduce__(self) -> tuple[type[Gate], tuple[()]]:
+        return Gate, ()  # a network can be copied and pickled, which a thread's own values cannot
 
     @contextmanager
     def opened(self, start: int) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 
 from starlette.datastructures import Headers
@@ -51,7 +52,7 @@ class Guard:
         if self.api_key is None:
             return
         given = headers.get("authorization", "").removeprefix("Bearer ")
-        if not secrets.compare_digest(given.encode(), self.api_key.encode()):
+        if not secrets.compare_digest(given.encode("latin-1"), os.fsencode(self.api_key)):  # the bytes of both
             raise ApiError(
                 401, "the API key is missing or wrong: send 'Authorization: Bearer KEY'", None, "invalid_api_key"
             )

@@ -161,7 +161,9 @@ class Loop:
         return self._open
 
     def start(self) -> None:
-        """Make room for the batch, measure if the planner wants to, and begin to wait for jobs."""
+        """Make room for the batch, measure if the planner wants to, and begin to wait for jobs; once is enough."""
+        if self._open:
+            return
         torch.set_num_threads(self._threads)  # each thread of Python has a number of its own
         self.runner.busy = True
         self._prepare()

@@ -57,4 +57,5 @@ def run(app: FastAPI, listener: socket.socket, grace: float) -> None:
         lifespan="on",
         timeout_graceful_shutdown=int(grace) + PATIENCE,
     )
+    app.state.service.loop.start()  # may measure for a minute, which Ctrl-C ends here, but not under uvicorn
     _Server(config, app.state.service, grace).run(sockets=[listener])

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+from tidar.config import MAX_DRAFT
 from tidar.errors import TidarError
 from tidar.vllm.checkpoint import Checkpoint
 from tidar.vllm.hooks import check_version
@@ -45,10 +46,16 @@ def engine_options(folder: str, options: Options | None = None) -> dict[str, Any
     """The same as keyword arguments of `vllm.LLM`. Raises TidarError for what cannot be honoured."""
     options = options or Options()
     seats: dict[str, Any] = {} if options.max_num_seqs is None else {"max_num_seqs": options.max_num_seqs}
+    drafting = options.draft_length, options.outcomes, options.curve
     if options.mode == "ar":
+        if any(value is not None for value in drafting):
+            raise TidarError("mode 'ar' drafts nothing: draft length, outcomes and curve are options of mode 'tidar'")
         return seats
     if options.mode != "tidar":
         raise TidarError(f"mode is {options.mode!r}, but must be 'tidar' or 'ar'")
+    for name, value, least in (("draft length", options.draft_length, 2), ("outcomes", options.outcomes, 1)):
+        if value is not None and not least <= value <= MAX_DRAFT:
+            raise TidarError(f"{name} is {value}, but must be between {least} and {MAX_DRAFT}")
     checkpoint = Checkpoint.read(folder)
     curve, cuda = _curve(checkpoint, options), _on_cuda(options)
     return {

@@ -43,7 +43,7 @@ def check_body(body: dict[str, Any], known: frozenset[str] | None = None) -> dic
     for name, value in body.items():
         if known is not None and value is not None and name not in {SWITCH, *known}:
             raise RefusedError(name, f"parameter '{name}' is not supported: vLLM would ignore it")
-    given = [place[SWITCH] for place in (body, extra) if SWITCH in place]
+    given = [place[SWITCH] for place in (body, extra) if place.get(SWITCH) is not None]
     if not given:
         return body
     try:
@@ -72,7 +72,7 @@ class CheckRequests:
             return
         try:
             body = json.loads(raw)
-        except ValueError:
+        except (ValueError, RecursionError):
             body = None  # vLLM says what is wrong with it
         if isinstance(body, dict):
             try:
