@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from tidar.apart import apart
 from tidar.api import TidarModel
 from tidar.cli import options as o
 from tidar.cli.files import model_name
@@ -37,8 +38,7 @@ def demo(
     except ImportError as error:
         raise TidarError(f"the demo needs {error.name}: pip install 'tidar[serve]'") from error
     listening = listen(port)
-    loaded = o.load(model, drafter, device, dtype, weights)
-    warm_up(loaded)
+    loaded = apart(lambda: warm(o.load(model, drafter, device, dtype, weights)))
     app = FastAPI(title="tidar demo", docs_url=None, redoc_url=None, openapi_url=None)
     # Another site's name that points here (DNS rebinding) is refused.
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
@@ -69,7 +69,8 @@ def listen(port: int) -> socket.socket:
     return listening
 
 
-def warm_up(model: TidarModel) -> None:
-    """Answer once, so that the first answer on the page waits for no measurement and no compilation."""
+def warm(model: TidarModel) -> TidarModel:
+    """The model, which has answered once: the first answer on the page waits for no measurement and no compilation."""
     for mode in ("tidar", "ar") if model.network.can_draft else ("ar",):
         model.generate("Hello", mode=mode, max_new_tokens=2)
+    return model

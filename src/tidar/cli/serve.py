@@ -12,6 +12,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from tidar.apart import apart
 from tidar.cli import options as o
 from tidar.errors import TidarError, first_line
 from tidar.vllm import Options, command, environment
@@ -82,19 +83,18 @@ def serve(
     from tidar.serve.run import run
 
     listener = _listen(host, port)
-    app = create_app(
-        o.load(model, drafter, device, dtype, weights),
-        name=name or model,
-        mode=mode,  # type: ignore[arg-type]
-        rows=batch_size or 8,
-        waiting=64 if max_queue is None else max_queue,
-        context=max_model_len,
-        api_key=api_key,
-        hosts=_names(host, listener),
-        draft_length=draft_length,
-        outcomes=outcomes,
-        **own,
-    )
+    options: dict[str, Any] = {
+        "name": name or model,
+        "mode": mode,
+        "rows": batch_size or 8,
+        "waiting": 64 if max_queue is None else max_queue,
+        "context": max_model_len,
+        "api_key": api_key,
+        "hosts": _names(host, listener),
+        "draft_length": draft_length,
+        "outcomes": outcomes,
+    }
+    app = apart(lambda: create_app(o.load(model, drafter, device, dtype, weights), **options, **own))
     run(app, listener, GRACE)
 
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from tidar.apart import apart
 from tidar.decode.engine import Answer, FinishReason, Limits, Planner, Row, extend, new_row
 from tidar.decode.planner import AutoPlanner
 from tidar.decode.runner import Gain, Runner, runner_for
@@ -164,14 +165,17 @@ class Loop:
         """Make room for the batch, measure if the planner wants to, and begin to wait for jobs; once is enough."""
         if self._open:
             return
-        torch.set_num_threads(self._threads)  # each thread of Python has a number of its own
         self.runner.busy = True
-        self._prepare()
-        self.planner.prepare(self.runner, self.runner.batch_for(self.rows))
-        self._prepare()
+        apart(self._measure)
         self._open = True
         self._thread = threading.Thread(target=self._run, name="tidar-loop", daemon=True)
         self._thread.start()
+
+    def _measure(self) -> None:
+        torch.set_num_threads(self._threads)  # each thread of Python has a number of its own
+        self._prepare()
+        self.planner.prepare(self.runner, self.runner.batch_for(self.rows))
+        self._prepare()
 
     def stop(self) -> None:
         """End the thread after the forward that it is in; jobs that did not end are failed."""
