@@ -356,3 +356,17 @@ def test_the_first_token_is_as_fast_as_in_the_terminal(page, model):
         document.querySelector("#run").click();
     })"""
     assert page.evaluate(clock) / 1000 < terminal + 0.25
+
+
+def test_the_newest_tokens_of_a_long_answer_stay_in_sight(page):
+    answer(page, length=40)
+    lane = page.locator("#main-lane .answer")
+    lane.evaluate("e => { e.style.width = '3em'; e.style.maxHeight = '4em' }")
+    assert lane.evaluate("e => e.scrollHeight > 2 * e.clientHeight")
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowRight")
+    seen = "e => { const box = e.getBoundingClientRect(), last = [...e.children].at(-1).getBoundingClientRect();"
+    assert lane.evaluate(seen + " return last.top >= box.top - 1 && last.bottom <= box.bottom + 1 }")
+    page.locator("#scrub").evaluate("e => { e.value = 1; e.dispatchEvent(new Event('input', { bubbles: true })) }")
+    first = "e => { const box = e.getBoundingClientRect(), first = e.children[0].getBoundingClientRect();"
+    assert lane.evaluate(first + " return first.top >= box.top - 1 }")

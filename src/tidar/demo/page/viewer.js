@@ -85,7 +85,7 @@ class Lane {
   grow() {
     const done = this.spans.length ? this.spans.at(-1).step + 1 : 0;
     for (const step of this.run.steps.slice(done)) {
-        step.tokens.forEach((token, place) => this.add(step, token, place));
+      step.tokens.forEach((token, place) => this.add(step, token, place));
       if (step.tokens.length) this.spans.at(-1).span.classList.add("last");
     }
   }
@@ -118,6 +118,15 @@ class Lane {
     this.facts.textContent = forwards || this.run.ended ? facts.join(" · ") : this.run.steps.length ? "not yet begun" : this.run.waits || "";
     const whole = this.run.ended ? all : Math.max(all, this.run.expected || 1);
     this.bar.style.width = `${whole ? (100 * tokens) / whole : 0}%`;
+    this.follow(this.spans.findLast(({ at }) => at <= time));
+  }
+
+  /** Keep the newest tokens of a long answer in sight, without moving the page. */
+  follow(newest) {
+    if (!newest) return;
+    const top = newest.span.offsetTop - this.answer.offsetTop;
+    const least = top + newest.span.offsetHeight - this.answer.clientHeight;
+    this.answer.scrollTop = Math.min(top, Math.max(least, this.answer.scrollTop));
   }
 
   point(target) {
