@@ -39,13 +39,15 @@ class Group:
     letters: str
 
 
+TILES = [
+    Group("block after C", BLOCKS[0], ("sees A to C,", "learns D E F"), "???"),
+    Group("block after F", BLOCKS[1], ("sees A to F,", "learns G H I"), "???"),
+]
+
+
 def training_tiled() -> str:
     layout = chain_layout(SEQUENCE, tiled_anchors(SEQUENCE, K), K)
-    groups = [
-        Group("the text", CLEAN, ("causal:", "the AR loss"), LETTERS[:SEQUENCE]),
-        Group("block after C", BLOCKS[0], ("sees A to C,", "learns D E F"), "???"),
-        Group("block after F", BLOCKS[1], ("sees A to F,", "learns G H I"), "???"),
-    ]
+    groups = [Group("the text", CLEAN, ("causal:", "the AR loss"), LETTERS[:SEQUENCE]), *TILES]
     return picture("Training, as in the paper: blocks tile the text", layout, groups)
 
 
@@ -92,11 +94,7 @@ def step_leaves() -> str:
 
 def block_diffusion() -> str:
     layout = block_causal_layout(SEQUENCE, tiled_anchors(SEQUENCE, K), K)
-    groups = [
-        Group("the text", CLEAN, ("each tile of 3 sees", "itself both ways"), LETTERS[:SEQUENCE]),
-        Group("block after C", BLOCKS[0], ("sees A to C,", "learns D E F"), "???"),
-        Group("block after F", BLOCKS[1], ("sees A to F,", "learns G H I"), "???"),
-    ]
+    groups = [Group("the text", CLEAN, ("each tile of 3 sees", "itself both ways"), LETTERS[:SEQUENCE]), *TILES]
     return picture("Block diffusion, for comparison: the text is not causal", layout, groups)
 
 

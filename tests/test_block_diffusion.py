@@ -385,6 +385,7 @@ def test_a_trained_folder_decodes_through_the_api(folder, data, tmp_path):
         ({"decoder": "best"}, "decoder is 'best'"),
         ({"draft_length": 4}, "draft length, outcomes, alternatives, plan"),
         ({"plan": "fixed"}, "draft length, outcomes, alternatives, plan"),
+        ({"outcomes": 0}, "draft length, outcomes, alternatives, plan"),
         ({"trust": 0.5}, "trust below 1"),
     ):
         with pytest.raises(TidarError, match=message):

@@ -146,26 +146,6 @@ def test_a_failure_is_said_before_it_is_raised(model, monkeypatch):
     asyncio.run(one())
 
 
-def test_a_lock_is_held_during_forwards_alone(model):
-    class Lock:
-        held = taken = 0
-
-        def __enter__(self):
-            self.held, self.taken = 1, self.taken + 1
-
-        def __exit__(self, *error):
-            self.held = 0
-
-    async def one():
-        lock = Lock()
-        desk = Desk(model, lock)
-        async for _ in desk.serve(await desk.begin(Run(prompt="one", mode="ar", max_new_tokens=4))):
-            assert not lock.held
-        assert lock.taken >= 6  # begin, layouts, steps, end
-
-    asyncio.run(one())
-
-
 def test_a_run_that_is_given_up_ends_and_lets_the_next_one_in(model):
     async def leave():
         desk = Desk(model)

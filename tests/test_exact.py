@@ -498,3 +498,21 @@ def test_two_threads_may_decode_with_one_network(monkeypatch):
             assert list(threads.map(decode, plans)) == alone
     finally:
         sys.setswitchinterval(switch)
+
+
+@pytest.mark.parametrize("trust", [1.0, 0.0])
+def test_log_probabilities_are_the_ar_models_whatever_judges(trust):
+    network, prompt = network_of("llama"), PROMPTS[0]
+    plan = Plan(4, SamplingParams(trust=trust), logprobs=1)
+    runner = Runner(network)
+    runner.prepare(1, 64, plan)
+    admitted = runner.admit([prompt], [0], [0], plan)
+    ids, told = [*prompt, *admitted.tokens()], admitted.pieces[0].logprobs.chosen[0].tolist()[:1]
+    for _ in range(6):
+        pending = runner.step(plan, 1, len(ids) - 1)
+        tokens = pending.get()[0].tokens
+        ids, told = ids + tokens, told + pending.logprobs.chosen[0, : len(tokens)].tolist()
+    with torch.no_grad():
+        wanted = network.lm(torch.tensor([ids])).logits[0].log_softmax(-1)
+    places = range(len(prompt), len(ids))
+    assert told == pytest.approx([float(wanted[i - 1, ids[i]]) for i in places], abs=1e-4)

@@ -9,7 +9,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import rules
-from tidar.layout import Layout, chain_layout, prefill_layout, random_anchors, step_layout, tiled_anchors, tree_layout
+from tidar.layout import (
+    Layout,
+    chain_layout,
+    prefill_layout,
+    random_anchors,
+    step_layout,
+    tiled_anchors,
+    tree_layout,
+)
+from tidar.layout import (
+    chains as layout_chains,
+)
 
 
 def rows_of(values: list[list[int]]) -> Tensor:
@@ -300,3 +311,11 @@ def test_picture_of_a_step_with_leaves():
         1  1.. ... 111
         """,
     )
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=5))
+def test_chains_one_after_another_are_each_a_chain(lengths):
+    enter, exit_ = layout_chains(lengths)
+    whole = [chain_layout(length, torch.empty(1, 0, dtype=torch.long), 1) for length in lengths]
+    assert torch.equal(enter, torch.cat([layout.enter[0] for layout in whole]))
+    assert torch.equal(exit_, torch.cat([layout.exit[0] for layout in whole]))

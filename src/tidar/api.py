@@ -131,7 +131,7 @@ class TidarModel:
                     f"decoder is {decoder!r}, but mode {mode!r} has none: it is an option of 'block-diffusion'"
                 )
             return Engine(self.network, self.plan(mode, params=params, **planning), self.tokenizer)
-        if any(planning.values()) or planning.get("alternatives") is not None:
+        if any(value is not None and value is not False for value in planning.values()):
             raise TidarError(
                 f"{DRAFTING} are options of mode 'tidar': block diffusion decodes blocks of the size that it was "
                 "trained with, without drafts"

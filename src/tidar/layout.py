@@ -97,9 +97,8 @@ class Layout:
         def visible(b: Tensor, h: Tensor, q: Tensor, s: Tensor) -> Tensor:
             k = s - prefix[b]
             inside = k.clamp(0, size - 1)
-            node = enter[b, q + first]
-            descends = (enter[b, inside] <= node) & (node < exit_[b, inside])
-            return (k < 0) | ((k < size) & descends)
+            below = descends(enter[b, q + first], enter[b, inside], exit_[b, inside])
+            return (k < 0) | ((k < size) & below)
 
         return visible
 
@@ -133,8 +132,20 @@ class Layout:
         anchor = self.anchors.clamp(min=0)
         flat = index.flatten(1)
         node = self.enter.gather(1, flat).view_as(index)
-        same_tree = (self.enter.gather(1, anchor)[..., None] <= node) & (node < self.exit.gather(1, anchor)[..., None])
+        same_tree = descends(node, self.enter.gather(1, anchor)[..., None], self.exit.gather(1, anchor)[..., None])
         return index, (raw == index) & (same_tree | (self.anchors < 0)[..., None])
+
+
+def descends(node: Tensor, enter: Tensor, exit_: Tensor) -> Tensor:
+    """The visibility rule: whether a token of node `node` sees the tokens of a node with these numbers."""
+    return (enter <= node) & (node < exit_)
+
+
+def chains(lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """`enter` and `exit`, each [sum of lengths], of chains that lie one after another, numbered within each."""
+    sizes = torch.tensor(lengths)
+    starts = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    return torch.arange(len(starts)) - starts, sizes.repeat_interleave(sizes)
 
 
 @cache

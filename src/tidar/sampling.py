@@ -81,9 +81,14 @@ class SamplingParams:
     def probabilities(self, logits: Tensor) -> Tensor:
         """Processed distribution, float32, of logits [..., V]; all on the likeliest token for greedy decoding."""
         if self.greedy:
-            return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, logits.argmax(-1, keepdim=True), 1)
+            return certain(logits)
         rows = logits.float().reshape(-1, logits.shape[-1])
         return self.warpers()(None, rows).softmax(-1).view(logits.shape)
+
+
+def certain(logits: Tensor) -> Tensor:
+    """The distribution of greedy decoding, float32, of logits [..., V]: all on the likeliest token."""
+    return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, logits.argmax(-1, keepdim=True), 1)
 
 
 @dataclass(frozen=True)

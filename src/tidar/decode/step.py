@@ -402,7 +402,7 @@ def _decide(
         decision = decide_eager(verdict, facts, length)
     if plan.logprobs is not None:
         new = decision.result[:, 3 : 3 + judged]
-        state.logprobs = log_probabilities(logits[:, :judged], new, plan.logprobs)
+        state.logprobs = log_probabilities(ar_logits[:, :judged], new, plan.logprobs)
     if show is not None:
         show(Seen(plan, leaves, state, judged, hidden, ar_logits, logits, decision))
     if not plan.drafting:

@@ -6,7 +6,6 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -46,16 +45,15 @@ class Run(BaseModel):
     seed: int = 0
 
 
-def demo_router(model: TidarModel, name: str, lock: AbstractContextManager[object] | None = None) -> APIRouter:
+def demo_router(model: TidarModel, name: str) -> APIRouter:
     """The demo's routes, to be mounted on a local server's app.
 
     Args:
         model: what answers.
         name: how the page calls it.
-        lock: held during every forward; for a server that decodes with the same model in another thread.
     """
     router = APIRouter(prefix="/demo", include_in_schema=False, route_class=_Route)
-    desk = Desk(model, lock)
+    desk = Desk(model)
 
     @router.get("")
     def without_slash() -> Response:
@@ -117,9 +115,8 @@ class Desk:
     All work on the model happens in one thread, so that a run that is given up has ended before the next one begins.
     """
 
-    def __init__(self, model: TidarModel, lock: AbstractContextManager[object] | None = None) -> None:
+    def __init__(self, model: TidarModel) -> None:
         self.model = model
-        self.lock = lock or nullcontext()
         self.thread = ThreadPoolExecutor(1, "tidar-demo")
         self.turn = asyncio.Lock()
 
@@ -139,7 +136,7 @@ class Desk:
         async with self.turn:
             loop = asyncio.get_running_loop()
             try:
-                while (event := await loop.run_in_executor(self.thread, self._next, events)) is not None:
+                while (event := await loop.run_in_executor(self.thread, next, events, None)) is not None:
                     yield _message({"event": event.event, **asdict(event)})
             except TidarError as error:
                 yield _message({"event": "error", "message": str(error)})
@@ -148,10 +145,6 @@ class Desk:
                 raise
             finally:
                 self.thread.submit(events.close)  # type: ignore[attr-defined]
-
-    def _next(self, events: Iterator[Event]) -> Event | None:
-        with self.lock:
-            return next(events, None)
 
 
 def _message(event: dict[str, Any]) -> str:

@@ -268,6 +268,37 @@ if triton is not None:
             tl.store(partial + at_part, acc.to(partial.dtype.element_ty), mask=filled[:, None] & (d[None, :] < D))
             tl.store(lse + first + rows, tl.where(total == 0, float("-inf"), peak + tl.log2(total)), mask=filled)
 
+    @triton.jit
+    def _weigh(
+        partial,
+        lse,
+        rows,
+        d,
+        count,
+        used,
+        step,
+        R: tl.constexpr,
+        SPLITS: tl.constexpr,
+        D: tl.constexpr,
+        DP: tl.constexpr,
+    ):
+        """[R, DP] the first `used` parts, `step` rows apart, of rows below `count`: by what their keys weigh."""
+        # Unrolled, and the weights read twice: all loads are then in flight together.
+        top = tl.full((R,), float("-inf"), tl.float32)
+        for part in tl.static_range(SPLITS):
+            filled = rows < tl.where(used > part, count, 0)
+            top = tl.maximum(top, tl.load(lse + part * step, mask=filled, other=float("-inf")))
+        top = tl.where(rows < count, top, 0.0)
+        total = tl.zeros((R,), tl.float32)
+        acc = tl.zeros((R, DP), tl.float32)
+        for part in tl.static_range(SPLITS):
+            filled = rows < tl.where(used > part, count, 0)
+            weight = tl.exp2(tl.load(lse + part * step, mask=filled, other=float("-inf")) - top)
+            values = tl.load(partial + part * step * D, mask=filled[:, None] & (d[None, :] < D), other=0.0)
+            total += weight
+            acc += weight[:, None] * values.to(tl.float32)
+        return acc * (1.0 / tl.where(rows < count, total, 1.0))[:, None]
+
     @triton.jit(do_not_specialize=["slots"])
     def _merge(
         partial,
@@ -301,20 +332,6 @@ if triton is not None:
         partial += first * D + (rows[:, None] * D + d[None, :])
         if PDL:
             tl.extra.cuda.gdc_wait()
-        # Unrolled, and the weights read twice: all loads are then in flight together.
-        top = tl.full((R,), float("-inf"), tl.float32)
-        for part in tl.static_range(SPLITS):
-            filled = rows < tl.where(used > part, step, 0)
-            top = tl.maximum(top, tl.load(lse + part * step, mask=filled, other=float("-inf")))
-        top = tl.where(real, top, 0.0)
-        total = tl.zeros((R,), tl.float32)
-        acc = tl.zeros((R, DP), tl.float32)
-        for part in tl.static_range(SPLITS):
-            filled = rows < tl.where(used > part, step, 0)
-            weight = tl.exp2(tl.load(lse + part * step, mask=filled, other=float("-inf")) - top)
-            values = tl.load(partial + part * step * D, mask=filled[:, None] & (d[None, :] < D), other=0.0)
-            total += weight
-            acc += weight[:, None] * values.to(tl.float32)
-        merged = acc * (1.0 / tl.where(real, total, 1.0))[:, None]
+        merged = _weigh(partial, lse, rows, d, step, used, step, R, SPLITS, D, DP)
         at = ((b * slots + slot) * (HKV * G) + h * G + group)[:, None] * D + d[None, :]
         tl.store(out + at, merged.to(out.dtype.element_ty), mask=real[:, None] & (d[None, :] < D))

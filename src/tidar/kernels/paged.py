@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tidar.kernels.attention import _fold, _visible, plan_for
+from tidar.kernels.attention import _fold, _visible, _weigh, plan_for
 from tidar.kernels.launch import processors, tl, triton
+from tidar.layout import descends
 
 MOST_KEYS = 4096
 """Splits are planned for prefixes of at most so many tokens; longer ones work as well, with longer parts."""
@@ -41,8 +42,7 @@ def paged_attention_eager(
         place = torch.arange(length, device=table.device)
         page, offset = table[request, place // keys.shape[1]].long(), place % keys.shape[1]
         k, v = (pages[page, offset].transpose(0, 1) for pages in (keys, values))
-        node = enter[first:last, None]
-        own = (enter[first:last] <= node) & (node < exit_[first:last])
+        own = descends(enter[first:last, None], enter[first:last], exit_[first:last])
         mask = F.pad(own, (length - len(own), 0), value=True)
         rows = query[first:last].transpose(0, 1)
         result = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
@@ -252,18 +252,6 @@ if triton is not None:
         start = pair.to(tl.int64) * SPLITS * step
         lse += start + rows
         partial += start * D + (rows[:, None] * D + d[None, :])
-        top = tl.full((R,), float("-inf"), tl.float32)
-        for part in tl.static_range(SPLITS):
-            top = tl.maximum(top, tl.load(lse + part * step, mask=real & (part < used), other=float("-inf")))
-        top = tl.where(real, top, 0.0)
-        total = tl.zeros((R,), tl.float32)
-        acc = tl.zeros((R, DP), tl.float32)
-        for part in tl.static_range(SPLITS):
-            filled = real & (part < used)
-            weight = tl.exp2(tl.load(lse + part * step, mask=filled, other=float("-inf")) - top)
-            values = tl.load(partial + part * step * D, mask=filled[:, None] & (d[None, :] < D), other=0.0)
-            total += weight
-            acc += weight[:, None] * values
-        merged = acc * (1.0 / tl.where(real, total, 1.0))[:, None]
+        merged = _weigh(partial, lse, rows, d, G * count, used, step, R, SPLITS, D, DP)
         at = ((first + slot) * (HKV * G) + h * G + group)[:, None] * D + d[None, :]
         tl.store(out + at, merged.to(out.dtype.element_ty), mask=real[:, None] & (d[None, :] < D))

@@ -16,10 +16,10 @@ from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from tidar.kernels.judge import Decision, Judged, decide, decide_eager
-from tidar.sampling import accept_sampled, uniforms
+from tidar.sampling import accept_sampled, certain, uniforms
 from tidar.vllm.hooks import call_with_known
 from tidar.vllm.metrics import Metrics
-from tidar.vllm.step import Step
+from tidar.vllm.step import Step, sent
 
 if TYPE_CHECKING:
     from tidar.vllm.state import TidarModelState
@@ -44,14 +44,14 @@ class TidarSampler:
             self.state.drafts.count[batch.idx_mapping.long()] = 1
             return self.base(logits, batch) if not batch.num_draft_tokens else self._plain(logits, batch, _all(batch))
         whole = None if states is logits else logits
-        first = torch.from_numpy(batch.cu_num_logits_np[step.rows]).to(states.device, non_blocking=True).long()
+        first = sent(batch.cu_num_logits_np[step.rows], states.device)
         where = first[:, None] + torch.arange(step.layout.size, device=states.device)
         decision = self._judge(states[where], None if whole is None else whole[where], step, batch)
         if step.index is None:
             return _output(decision, step)
         plain = np.setdiff1d(_all(batch), step.rows)
-        self.state.drafts.count[batch.idx_mapping[plain].long()] = 1
-        chosen = torch.from_numpy(batch.cu_num_logits_np[plain]).to(states.device).long()
+        self.state.drafts.count[batch.idx_mapping[sent(plain, states.device)].long()] = 1
+        chosen = sent(batch.cu_num_logits_np[plain], states.device)
         rest = model.compute_logits(states[chosen]) if whole is None else whole[chosen]
         return _merge(_output(decision, step), step, self._plain(rest, batch, plain), plain, batch.num_reqs)
 
@@ -94,9 +94,8 @@ class TidarSampler:
             return decide(logits.argmax(-1).view(rows, length), None, facts, length)
         probs = logits.float().softmax(-1)
         if greedy.any():
-            certain = torch.zeros_like(probs).scatter_(1, logits.argmax(-1, keepdim=True), 1.0)
-            sure = torch.from_numpy(np.repeat(greedy, length)).to(probs.device)
-            probs = torch.where(sure[:, None], certain, probs)
+            sure = sent(np.repeat(greedy, length), probs.device) > 0
+            probs = torch.where(sure[:, None], certain(logits), probs)
         seeds = self.base.sampling_states.seeds.gpu[step.slots].to(logits.device)
         noise = uniforms(seeds, step.layout.prefix, length)
         verdict = accept_sampled(probs.view(rows, length, -1), facts.drafts, None, noise, facts.drafted)
@@ -125,10 +124,10 @@ class TidarSampler:
 
         A request that had room for some placeholders but not all decodes plainly; its placeholders count as rejected.
         """
-        index, count = torch.from_numpy(rows).to(logits.device), len(rows)
-        first = batch.cu_num_logits_np[rows]
+        device, count = logits.device, len(rows)
+        index, first = sent(rows, device), sent(batch.cu_num_logits_np[rows], device)
         if len(logits) != count:
-            logits = logits[torch.from_numpy(first).to(logits.device).long()]
+            logits = logits[first]
         part = replace(
             batch,
             req_ids=[batch.req_ids[row] for row in rows],
@@ -137,17 +136,17 @@ class TidarSampler:
             idx_mapping=batch.idx_mapping[index],
             idx_mapping_np=batch.idx_mapping_np[rows],
             expanded_idx_mapping=batch.idx_mapping[index],
-            expanded_local_pos=torch.zeros(count, dtype=torch.int32, device=logits.device),
+            expanded_local_pos=torch.zeros(count, dtype=torch.int32, device=device),
             num_draft_tokens=0,
             num_draft_tokens_per_req=None,
             seq_lens=batch.seq_lens[index],
             seq_lens_cpu_upper_bound=batch.seq_lens_cpu_upper_bound[torch.from_numpy(rows)],
-            logits_indices=batch.logits_indices[torch.from_numpy(first).to(logits.device).long()],
-            cu_num_logits=torch.arange(count + 1, dtype=torch.int32, device=logits.device),
+            logits_indices=batch.logits_indices[first],
+            cu_num_logits=torch.arange(count + 1, dtype=torch.int32, device=device),
             cu_num_logits_np=np.arange(count + 1, dtype=np.int32),
         )
         output = self.base(logits, part)
-        unused = torch.from_numpy(batch.cu_num_logits_np[rows + 1] - first - 1).to(logits.device)
+        unused = sent(np.diff(batch.cu_num_logits_np)[rows] - 1, device)
         output.num_rejected = output.num_rejected + unused.to(output.num_rejected.dtype)
         return output
 
@@ -169,7 +168,7 @@ def _output(decision: Decision, step: Step) -> SamplerOutput:
 
 def _merge(drafting: SamplerOutput, step: Step, plain: SamplerOutput, rows: np.ndarray, count: int) -> SamplerOutput:
     """One output for a batch of `count` requests of which `rows` were decoded plainly."""
-    index = torch.from_numpy(rows).to(drafting.num_sampled.device)
+    index = sent(rows, drafting.num_sampled.device)
     tokens = drafting.sampled_token_ids.new_zeros(count, drafting.sampled_token_ids.shape[1])
     tokens[step.index], tokens[index, :1] = drafting.sampled_token_ids, plain.sampled_token_ids.to(tokens.dtype)
     sampled, rejected = drafting.num_sampled.new_zeros(2, count)

@@ -11,10 +11,9 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.request import Request
 
-OFF = (False, 0, "false", "0", "off")
+ON, OFF = (True, 1, "true", "1", "on"), (False, 0, "false", "0", "off")
 PLAIN_ONLY = ("logprobs", "logprob_token_ids", "thinking_token_budget")
 """Sampling parameters, not all of which every version has, that make a request decode plainly."""
-ON = (True, 1, "true", "1", "on")
 
 
 def curve_of(config: VllmConfig) -> Curve:
@@ -36,12 +35,13 @@ def curve_of(config: VllmConfig) -> Curve:
 
 def drafting_switch(value: object) -> bool:
     """What a request's "tidar" says. Raises TidarError for anything but a truth value."""
-    value = value.lower() if isinstance(value, str) else value
-    if value in ON:
-        return True
-    if value in OFF:
-        return False
+    if _plainly(value) in (*ON, *OFF):
+        return _plainly(value) in ON
     raise TidarError(f"tidar is {value!r}, but must be true or false")
+
+
+def _plainly(value: object) -> object:
+    return value.lower() if isinstance(value, str) else value
 
 
 def wants_drafts(request: Request) -> bool:
@@ -54,5 +54,4 @@ def wants_drafts(request: Request) -> bool:
         return False
     if any(getattr(params, name, None) is not None for name in PLAIN_ONLY):
         return False
-    value = (params.extra_args or {}).get("tidar", True)
-    return (value.lower() if isinstance(value, str) else value) in ON  # `requests.py` has refused what is neither
+    return _plainly((params.extra_args or {}).get("tidar", True)) in ON  # `requests.py` has refused what is neither

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tidar.kernels.judge import choose_outcomes
-from tidar.layout import Layout, step_layout
+from tidar.layout import Layout, chains, step_layout
 from tidar.vllm.shapes import Curve, Shape
 
 
@@ -96,11 +96,9 @@ class Buffers:
         if self.gated:
             self.gate.zero_()
             self.gated = False
-        counts = batch.num_scheduled_tokens
-        number = np.arange(batch.num_tokens) - np.repeat(batch.query_start_loc_np[: batch.num_reqs], counts)
-        chain = torch.from_numpy(np.stack((number, np.repeat(counts, counts))).astype(np.int32))
-        chain = chain.to(self.enter.device, non_blocking=True)
-        self.enter[: batch.num_tokens], self.exit[: batch.num_tokens] = chain[0], chain[1]
+        if self.enter.is_cpu:  # elsewhere our attention runs requests that draft, and no others
+            enter, exit_ = chains(batch.num_scheduled_tokens[: batch.num_reqs].tolist())
+            self.enter[: len(enter)], self.exit[: len(exit_)] = enter, exit_
 
     def fill_step(self, batch: Any, step: Step, mask_token: int, last_position: int) -> None:
         """A drafting step's token ids, positions, gate and visibility."""
@@ -115,6 +113,11 @@ class Buffers:
         self.enter[where], self.exit[where] = layout.enter.int(), layout.exit.int()
 
 
+def sent(numbers: np.ndarray, device: torch.device) -> Tensor:
+    """Host numbers on the device, int64, in the order of its work and without waiting for it."""
+    return torch.from_numpy(numbers.astype(np.int64)).to(device, non_blocking=True)
+
+
 def find_rows(batch: Any, curve: Curve) -> tuple[Shape, np.ndarray]:
     """The shape of a step, and the requests of its batch that have it: those with that many placeholders."""
     placed = batch.num_draft_tokens_per_req
@@ -127,7 +130,7 @@ def find_rows(batch: Any, curve: Curve) -> tuple[Shape, np.ndarray]:
 def make_step(batch: Any, shape: Shape, rows: np.ndarray, drafts: Drafts, causal_blocks: bool) -> Step:
     """What the requests `rows` of a batch judge and draft."""
     device = batch.input_ids.device
-    index = None if len(rows) == batch.num_reqs else torch.from_numpy(rows).to(device, non_blocking=True)
+    index = None if len(rows) == batch.num_reqs else sent(rows, device)
     slots = (batch.idx_mapping if index is None else batch.idx_mapping[index])[: len(rows)].long()
     starts = batch.query_start_loc[: batch.num_reqs]
     starts = (starts if index is None else starts[index]).long()
