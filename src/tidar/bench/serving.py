@@ -22,6 +22,7 @@ from typing import Any
 
 from tidar.bench.shapes import RANDOM
 from tidar.errors import TidarError
+from tidar.prompts import encode_prompt, read_prompts
 
 MODES = ("ar", "tidar")
 MARK = "RESULT "
@@ -34,7 +35,9 @@ class Load:
     Attributes:
         model: a checkpoint folder with a drafter, or a key of `shapes.RANDOM`.
         concurrency: requests in flight, one measurement each.
-        prompt, new: tokens of a request.
+        prompt, new: tokens of a request. Prompts are random tokens, and answers as long as `new`, whatever they say.
+        prompts: a set of prompts instead (its name, its file, how many of the first), through the checkpoint's chat
+            template; answers end where the model ends them, and have at most `new` tokens.
         rounds: how many requests follow each other in each place.
         survival: probability that a draft stands, for random weights; None judges drafts as they are.
         draft_length, outcomes, curve: see `vllm.command.Options`.
@@ -50,6 +53,7 @@ class Load:
     draft_length: int | None = None
     outcomes: int | None = None
     curve: tuple[tuple[int, int, int], ...] | None = None
+    prompts: tuple[str, str, int | None] | None = None
     more: dict[str, Any] | None = None
 
 
@@ -63,7 +67,10 @@ def measure(load: Load, modes: Sequence[str] = MODES) -> Iterator[dict[str, Any]
         raise TidarError(
             "drafts are made to stand in one process: on several GPUs, use a checkpoint and its own drafts"
         )
-    result: dict[str, Any] = {"load": asdict(load), "rows": []}
+    if load.prompts is not None and load.model in RANDOM:
+        raise TidarError("random weights answer nothing: prompts are for a checkpoint")
+    said = load.prompts and f"{load.prompts[0]}{':' if load.prompts[2] else ''}{load.prompts[2] or ''}"
+    result: dict[str, Any] = {"load": {**asdict(load), "prompts": said}, "rows": []}
     with tempfile.TemporaryDirectory(prefix="tidar-serving-") as scratch:
         folder = write_random(load.model, Path(scratch)) if load.model in RANDOM else load.model
         for mode in modes:
@@ -135,8 +142,9 @@ def _run(given: dict[str, Any]) -> None:
     most = max(given["concurrency"])
     chosen = {key: given[key] for key in ("draft_length", "outcomes", "curve")} if given["mode"] == "tidar" else {}
     options = engine_options(given["folder"], Options(mode=given["mode"], max_num_seqs=most, **chosen))
+    texts = _encoded(given) if given["prompts"] else None
     own = {
-        "max_model_len": given["prompt"] + given["new"] + 64,
+        "max_model_len": (max(map(len, texts)) if texts else given["prompt"]) + given["new"] + 64,
         "max_num_batched_tokens": 8192,
         "skip_tokenizer_init": True,
         "enable_prefix_caching": False,
@@ -160,25 +168,42 @@ def _run(given: dict[str, Any]) -> None:
     machine = {"device": device, "torch": torch.__version__, "vllm": vllm.__version__}
     _say({"machine": machine, f"{given['mode']}_start_s": round(time.perf_counter() - started, 1), "curve": curve})
     for concurrency in given["concurrency"]:
-        one(llm, given, concurrency, rounds=1, new=min(64, given["new"]))  # warms up
-        _say({"mode": given["mode"], "concurrency": concurrency, **one(llm, given, concurrency, given["rounds"])})
+        one(llm, given["prompt"], texts, min(64, given["new"]), concurrency, 1)  # warms up
+        row = one(llm, given["prompt"], texts, given["new"], concurrency, given["rounds"])
+        _say({"mode": given["mode"], "concurrency": concurrency, **row})
 
 
-def one(llm: Any, given: dict[str, Any], concurrency: int, rounds: int, new: int | None = None) -> dict[str, Any]:
-    """Keep `concurrency` requests in flight until each place has had its rounds."""
+def _encoded(given: dict[str, Any]) -> list[list[int]]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(given["folder"])
+    _, file, first = given["prompts"]
+    return [encode_prompt(tokenizer, placed.prompt) for placed in read_prompts(file)[:first]]
+
+
+def one(
+    llm: Any, length: int, texts: list[list[int]] | None, new: int, concurrency: int, rounds: int
+) -> dict[str, Any]:
+    """Keep `concurrency` requests in flight until each place has had its rounds.
+
+    `texts` are the prompts, in turn; None draws random ones of `length` tokens.
+    """
     from vllm import SamplingParams
 
     engine, draw = llm.llm_engine, random.Random(concurrency)
     vocabulary = llm.llm_engine.model_config.get_vocab_size()
-    params = SamplingParams(temperature=0.0, max_tokens=new or given["new"], ignore_eos=True, detokenize=False)
-    sent, first, tokens, gains = dict[str, float](), dict[str, float](), 0, 0
-    ended = dict[str, float]()
+    params = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=texts is None, detokenize=False)
+    sent, first, gains = dict[str, float](), dict[str, float](), 0
+    ended, tokens = dict[str, float](), dict[str, int]()
     waiting = [f"{concurrency}-{time.monotonic_ns()}-{number}" for number in range(concurrency * rounds)]
+
+    def random_tokens() -> list[int]:
+        return [draw.randrange(10, vocabulary - 10) for _ in range(length)]
 
     def send() -> None:
         name = waiting.pop()
         sent[name] = time.perf_counter()
-        prompt = [draw.randrange(10, vocabulary - 10) for _ in range(given["prompt"])]
+        prompt = texts[len(waiting) % len(texts)] if texts else random_tokens()
         engine.add_request(name, {"prompt_token_ids": prompt}, params)
 
     started = time.perf_counter()
@@ -191,17 +216,18 @@ def one(llm: Any, given: dict[str, Any], concurrency: int, rounds: int, new: int
             first.setdefault(output.request_id, now)
             if output.finished:
                 ended[output.request_id] = now
-                tokens += len(output.outputs[0].token_ids)
+                tokens[output.request_id] = len(output.outputs[0].token_ids)
                 if waiting:
                     send()
     seconds = time.perf_counter() - started
-    each = [(ended[name] - first[name]) / (params.max_tokens - 1) * 1e3 for name in ended]
+    total = sum(tokens.values())
+    each = [(ended[name] - first[name]) / (count - 1) * 1e3 for name, count in tokens.items() if count > 1]
     return {
-        "tokens_per_s": round(tokens / seconds, 1),
+        "tokens_per_s": round(total / seconds, 1),
         "ttft_ms": round(statistics.median(first[name] - sent[name] for name in first) * 1e3, 1),
         "ms_per_token": round(statistics.median(each), 3),
-        "tokens_per_step": round(tokens / gains, 3),
-        "tokens": tokens,
+        "tokens_per_step": round(total / gains, 3),
+        "tokens": total,
     }
 
 

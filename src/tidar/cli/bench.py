@@ -149,7 +149,8 @@ def bench_serve(
     concurrency: Annotated[
         list[int] | None, typer.Option(help="Requests in flight (repeatable) [default: 1 4 16 64].")
     ] = None,
-    prompt: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 1024,
+    prompt: Annotated[int | None, typer.Option(help="Tokens of a random prompt [default: 1024].")] = None,
+    prompts: Annotated[str | None, typer.Option(help="NAME=FILE.jsonl[:FIRST_N] instead of random prompts.")] = None,
     max_new_tokens: o.MaxNewTokens = 256,
     rounds: Annotated[int, typer.Option(help="Requests that follow each other in each place.")] = 2,
     survival: Annotated[
@@ -168,8 +169,24 @@ def bench_serve(
     check_version()
     files.check_writable(files.named(out, ".json"))
     more = {"tensor_parallel_size": tensor_parallel} if tensor_parallel > 1 else None
+    if prompt is not None and prompts is not None:
+        raise TidarError("prompt is the length of random prompts, and prompts a file of real ones: give one of them")
+    chosen = None
+    if prompts is not None:
+        name, file, first = files.prompt_set(prompts)
+        read_prompts(file)  # says what is wrong with it before an engine starts
+        chosen = (name, str(file), first)
     load = serving.Load(
-        model, requests, prompt, max_new_tokens, rounds, survival, draft_length, outcomes, curve=None, more=more
+        model,
+        requests,
+        prompt or 1024,
+        max_new_tokens,
+        rounds,
+        survival,
+        draft_length,
+        outcomes,
+        prompts=chosen,
+        more=more,
     )
     result = _kept(serving.measure(load), out)
     table = Table("requests", "", "tokens/s", "first ms", "ms/token", "tokens/step", title=model)

@@ -19,6 +19,8 @@ from tidar.vllm.shapes import Curve, Shape, choose_curve
 Mode = Literal["tidar", "ar"]
 OUTCOMES = 4
 """Outcome blocks of the longest step, the likeliest ones."""
+FEWER = ((1, 4), (1, 2), (1, 1), (2, 2), (2, 1))
+"""(K's divisor, outcomes): what the rule chooses from. Every shape in use has CUDA graphs of its own."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def engine_options(folder: str, options: Options | None = None) -> dict[str, Any
         "scheduler_cls": f"tidar.vllm.scheduler.{'AsyncTidarScheduler' if cuda else 'TidarScheduler'}",
         "async_scheduling": cuda,
         "additional_config": {"tidar": {"curve": curve.entries}},
-        **({"attention_backend": "CUSTOM"} if cuda else {}),
+        **({"attention_backend": "CUSTOM", "worker_cls": "tidar.vllm.worker.TidarWorker"} if cuda else {}),
         **seats,
     }
 
@@ -112,13 +114,20 @@ def _curve(checkpoint: Checkpoint, options: Options) -> Curve:
     elif options.draft_length or options.outcomes:
         curve = Curve(((1 << 30, Shape(length, outcomes)),))
     else:
-        found = choose_curve([Shape(length, outcomes)], options.max_num_seqs or 256)
+        found = choose_curve(_shapes(length), options.max_num_seqs or 256)
         if found is None:
             raise TidarError("drafting does not pay at this block size: use --mode ar, or name a draft length")
         curve = found
     if curve.most_drafts > length and options.draft_length is None and options.curve is None:
         raise TidarError(f"drafts of {curve.most_drafts} tokens are longer than the blocks of training, {length}")
     return curve
+
+
+def _shapes(length: int) -> list[Shape]:
+    """Shapes for blocks of `length`, no two with the same number of slots."""
+    wide = (Shape(length // divisor, outcomes) for divisor, outcomes in FEWER)
+    possible = (shape for shape in wide if shape.drafting and shape.outcomes <= shape.draft_length)
+    return list({shape.slots: shape for shape in reversed(list(possible))}.values())
 
 
 def _on_cuda(options: Options) -> bool:

@@ -67,11 +67,11 @@ class TidarModelState(DefaultModelState):
         return self.buffers.visibility(requests, batch.num_reqs_after_padding, shape.slots)
 
     def _capture(self, batch: Any) -> Visibility:
-        """Full graphs are captured of steps in which all requests draft, by the shape with the most slots."""
-        slots = self.curve.longest.slots
-        uniform = batch.num_tokens == slots * batch.num_reqs
-        self.model.running = "drafting" if uniform else "plain"
-        return self.buffers.visibility(None, batch.num_reqs if uniform else 0, slots if uniform else 0)
+        """Full graphs are captured of steps in which all requests draft with one shape, or none does."""
+        shape = self.curve.of_slots(batch.num_tokens // batch.num_reqs)
+        drafting = shape.drafting and batch.num_tokens == shape.slots * batch.num_reqs
+        self.model.running = "drafting" if drafting else "plain"
+        return self.buffers.visibility(None, batch.num_reqs if drafting else 0, shape.slots if drafting else 0)
 
     def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
         inputs = super().prepare_inputs(input_batch, req_states)

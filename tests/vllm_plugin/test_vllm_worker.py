@@ -1,0 +1,51 @@
+"""Which of a step's CUDA graphs vLLM is to record, asked of its own class without a GPU."""
+
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
+
+from tidar.vllm.worker import add_uniform
+
+FULL, PIECEWISE = CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE
+
+
+def manager(length: int):
+    sizes = [1, 2, 4, *range(8, 257, 8), *range(272, 513, 16)]
+    made = object.__new__(CudaGraphManager)
+    parts = {"speculative_config": None, "cache_config": SimpleNamespace(use_kda_recoverssm=False)}
+    vars(made).update(
+        vllm_config=SimpleNamespace(**parts, parallel_config=SimpleNamespace(data_parallel_size=1)),
+        compilation_config=SimpleNamespace(cudagraph_capture_sizes=sizes, max_cudagraph_capture_size=512),
+        cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE,
+        max_num_reqs=32, decode_query_len=length, lora_capture_cases=[0], use_breakable_cg=False,
+        varlen_decode=False, ubatch_runner=None, _lora_dispatch_map={}, _max_lora_case=0,
+        _candidates={}, _capture_descs={}, _graphs_captured=True,
+    )  # fmt: skip
+    made._init_candidates()
+    return made
+
+
+def test_every_shape_has_full_graphs():
+    made, lengths = manager(40), (1, 16, 40)
+    pieces = list(made._capture_descs[PIECEWISE])
+    assert made.dispatch(3, 3, 1, 0).cg_mode == PIECEWISE  # what vLLM would do by itself
+    add_uniform(made, lengths)
+    captured = [desc.num_tokens for desc in made._capture_descs[FULL]]
+    assert captured == sorted(captured, reverse=True)
+    assert len(set(made._capture_descs[FULL])) == len(captured)
+    assert made._capture_descs[PIECEWISE] == pieces
+    assert made.decode_query_len == 40
+    for length in lengths:
+        for requests in range(1, min(32, 512 // length) + 1):
+            chosen = made.dispatch(requests, requests * length, length, 0)
+            assert chosen.cg_mode == FULL
+            assert chosen.uniform_token_count == length
+            assert chosen.num_tokens == chosen.num_reqs * length >= requests * length
+            assert chosen in made._capture_descs[FULL]
+    assert made.dispatch(2, 41, None, 0).cg_mode == PIECEWISE
+    assert made.dispatch(2, 48, 24, 0).cg_mode == PIECEWISE
