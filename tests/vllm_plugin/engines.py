@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from vllm import LLM, SamplingParams
 
 from tidar.kernels.draft import Drafted
 from tidar.vllm import Options, engine_options
+from tidar.vllm.replay import Recorded, Replay
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True, "detokenize": False}
 
@@ -54,6 +56,28 @@ def runner(llm: LLM) -> Any:
     return core(llm).model_executor.driver_worker.worker.model_runner
 
 
+class Rerun(Replay):
+    """Stands for CUDA graphs: what was recorded runs again on the tensors that it was recorded with."""
+
+    def __init__(self) -> None:
+        self.enabled, self.seen, self.recorded = True, set(), {}
+        self.replays = 0
+
+    def _record(self, function: Any, inputs: tuple[torch.Tensor, ...], addresses: tuple[int, ...]) -> Recorded:
+        places, results = [tensor.clone() for tensor in inputs], list[torch.Tensor]()
+
+        def again() -> None:
+            self.replays += 1
+            fresh = function(*places)
+            if results:
+                for old, new in zip(results, fresh, strict=True):
+                    old.copy_(new)
+            else:
+                results.extend(tensor.clone() for tensor in fresh)
+
+        return Recorded(SimpleNamespace(replay=again), places, results, addresses)
+
+
 class Oracle:
     """Drafts what follows in known texts, with every seventh token wrong, so that most drafts stand and some do not."""
 
@@ -82,7 +106,7 @@ class Oracle:
         step, length = self.steps[-1], block.shape[1]
         rows = [
             self._row(int(start), judged.tolist(), token, length)
-            for start, judged, token in zip(step.layout.prefix, step.tokens, first.tolist(), strict=True)
+            for start, judged, token in zip(step.prefix, step.tokens, first.tolist(), strict=True)
         ]
         confidence = torch.full((len(rows), length - 1), 0.8)
         return Drafted(torch.tensor(rows), confidence, torch.zeros(len(rows), length - 1, 3, dtype=torch.long))

@@ -4,7 +4,7 @@ import random
 
 import pytest
 from cases import EDGE, PROCESSED, PROMPTS, TIDAR, count, oracle
-from engines import answers, core, engine, free_blocks
+from engines import Rerun, answers, core, engine, free_blocks, runner
 from vllm import SamplingParams
 
 from tidar.vllm import metrics
@@ -31,6 +31,23 @@ def test_parity_where_most_drafts_stand(served, plain):
             assert answers(served, batch, 60) == expected
     assert count(metrics.TOKENS) - tokens > 2 * (count(metrics.STEPS) - steps)
     assert count(metrics.MISSES) > misses
+
+
+def test_parity_of_recorded_steps(served, plain, monkeypatch):
+    """As on a GPU, where parts of a step are graphs; answers end one by one, so the number of requests changes."""
+    state, replay = runner(served).model_state, Rerun()
+    monkeypatch.setattr(state, "replay", replay)
+    monkeypatch.setattr(state.maker, "replay", replay)
+    with oracle(plain).instead(served):
+        for batch in (PROMPTS[:3], PROMPTS[1:6], PROMPTS[:1]):
+            expected = [plain["greedy"][PROMPTS.index(prompt)] for prompt in batch]
+            assert answers(served, batch, 60) == expected
+    assert {kind for kind, *_ in replay.recorded} == {"inputs", "verdict"}
+    assert len({requests for _, _, requests in replay.recorded}) > 1
+    assert replay.replays > 3 * len(replay.recorded)
+    for recorded in replay.recorded.values():
+        recorded.fixed = tuple(address + 1 for address in recorded.fixed)  # the batch lies elsewhere
+    assert answers(served, PROMPTS[:3], 60) == plain["greedy"][:3]
 
 
 def test_processed_logits(served, plain):

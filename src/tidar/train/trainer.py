@@ -245,6 +245,8 @@ def join_processes(device: str | None) -> bool:
     if "LOCAL_RANK" not in os.environ:
         return False
     on_cpu = device == "cpu" or not torch.cuda.is_available()
+    # Layers are compiled one by one. DDP's own cuts through what is compiled change its kernels, and their rounding.
+    torch._dynamo.config.optimize_ddp = False
     # The others wait while the first process generates answers.
     PartialState(cpu=on_cpu, timeout=timedelta(hours=2))
     return True

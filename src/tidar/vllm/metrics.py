@@ -35,13 +35,15 @@ class Gains(NamedTuple):
 class Metrics:
     def __init__(self, curve: Curve) -> None:
         self.most = curve.most_drafts
-        self.steps = list[tuple[Shape, Tensor, Tensor]]()
+        self.steps = list[tuple[Tensor, Tensor]]()
         self.copied: tuple[Gains, torch.cuda.Event | None] | None = None
         self.read = time.monotonic()
 
     def record(self, shape: Shape, result: Tensor, anchors: Tensor) -> None:
         """A step's result [R, 3 + K] (see `kernels.judge.Decision`) and the anchors [R or 1, B] of its blocks."""
-        self.steps.append((shape, result[:, :2], anchors))
+        # Now: the next step's anchors may lie where these do.
+        hit = (anchors == result[:, :1] - 1).any(1) if shape.outcomes < shape.draft_length else result[:, 0] > 0
+        self.steps.append((result[:, :2], hit))
         waits = result.is_cuda and len(self.steps) < MOST and time.monotonic() - self.read < EVERY
         if not waits:
             self._publish()
@@ -51,10 +53,7 @@ class Metrics:
                 self._publish()
 
     def _copy(self, asynchronous: bool) -> None:
-        parts = list[Tensor]()
-        for shape, counts, anchors in self.steps:
-            hit = (anchors == counts[:, :1] - 1).any(1) if shape.outcomes < shape.draft_length else counts[:, 0] > 0
-            parts.append(torch.cat((counts, (~hit).long()[:, None]), 1))
+        parts = [torch.cat((counts, (~hit).long()[:, None]), 1) for counts, hit in self.steps]
         columns = torch.cat(parts).T.to("cpu", non_blocking=True)
         event = torch.cuda.Event() if asynchronous else None
         if event is not None:

@@ -6,6 +6,7 @@ knows how to treat several positions of a request; `tidar.sampling` decides whic
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from tidar.kernels.judge import Decision, Judged, decide, decide_eager
 from tidar.sampling import accept_sampled, certain, uniforms
 from tidar.vllm.hooks import call_with_known
 from tidar.vllm.metrics import Metrics
+from tidar.vllm.shapes import Shape
 from tidar.vllm.step import Step, sent
 
 if TYPE_CHECKING:
@@ -41,48 +43,82 @@ class TidarSampler:
         step, model = self.state.step, self.state.model
         states, self.state.step, model.step_states = model.step_states, None, None
         if step is None:
-            self.state.drafts.count[batch.idx_mapping.long()] = 1
+            self.state.drafts.count.index_fill_(0, batch.idx_mapping.long(), 1)
             return self.base(logits, batch) if not batch.num_draft_tokens else self._plain(logits, batch, _all(batch))
         whole = None if states is logits else logits
-        first = sent(batch.cu_num_logits_np[step.rows], states.device)
-        where = first[:, None] + torch.arange(step.layout.size, device=states.device)
-        decision = self._judge(states[where], None if whole is None else whole[where], step, batch)
+        if step.index is None and whole is None and self.state.untouched[batch.idx_mapping_np[step.rows]].all():
+            result = self._take_the_best(states, step)
+        else:
+            result = self._judge_processed(states, whole, step, batch)
+        self.metrics.record(step.shape, result, step.anchors)
         if step.index is None:
-            return _output(decision, step)
+            return _output(result, step)
         plain = np.setdiff1d(_all(batch), step.rows)
-        self.state.drafts.count[batch.idx_mapping[sent(plain, states.device)].long()] = 1
+        self.state.drafts.count.index_fill_(0, batch.idx_mapping[sent(plain, states.device)].long(), 1)
         chosen = sent(batch.cu_num_logits_np[plain], states.device)
         rest = model.compute_logits(states[chosen]) if whole is None else whole[chosen]
-        return _merge(_output(decision, step), step, self._plain(rest, batch, plain), plain, batch.num_reqs)
+        return _merge(_output(result, step), step, self._plain(rest, batch, plain), plain, batch.num_reqs)
 
-    def _judge(self, states: Tensor, logits: Tensor | None, step: Step, batch: Any) -> Decision:
-        """Verify a step's drafts and make the next ones.
+    def _take_the_best(self, states: Tensor, step: Step) -> Tensor:
+        """Result [R, 3 + K] (see `kernels.judge.Decision`) where all requests draft and the largest logits decide."""
+        rows, shape = len(step.slots), step.shape
+
+        def judge(states: Tensor, *facts: Tensor) -> tuple[Tensor]:
+            return (self._judge(best, shape, states, None, *facts),)
+
+        def best(logits: Tensor, facts: Judged) -> Decision:
+            return decide(logits.argmax(-1).view(rows, -1), None, facts, shape.draft_length)
+
+        given = states.view(rows, shape.slots, -1), step.slots, step.tokens, step.anchors
+        return self.state.replay(("verdict", shape, rows), judge, *given)[0].clone()
+
+    def _judge_processed(self, states: Tensor, logits: Tensor | None, step: Step, batch: Any) -> Tensor:
+        """The same for any requests, by logits as vLLM's sampler would draw from them."""
+        first = sent(batch.cu_num_logits_np[step.rows], states.device)
+        where = first[:, None] + torch.arange(step.shape.slots, device=states.device)
+
+        def choose(logits: Tensor, facts: Judged) -> Decision:
+            return self._decide(logits, facts, step, batch)
+
+        known = None if logits is None else logits[where]
+        return self._judge(choose, step.shape, states[where], known, step.slots, step.tokens, step.anchors)
+
+    def _judge(
+        self,
+        choose: Callable[[Tensor, Judged], Decision],
+        shape: Shape,
+        states: Tensor,
+        logits: Tensor | None,
+        slots: Tensor,
+        tokens: Tensor,
+        anchors: Tensor,
+    ) -> Tensor:
+        """Verify a step's drafts, and make and keep the next ones.
 
         Args:
+            choose: what stands, by the logits [R * K, V] of what is judged.
             states: [R, N, H] final hidden states of the requests that draft.
             logits: [R, N, V], where they are known.
-            step, batch: what was run.
+            shape, slots, tokens, anchors: see `Step`.
         """
-        state, (rows, slots), length = self.state, states.shape[:2], step.shape.draft_length
-        compute, drafts = state.model.compute_logits, state.drafts
-        if logits is None and rows * slots <= ONE_PASS:
-            logits = compute(states.flatten(0, 1)).view(rows, slots, -1)
+        rows, length = tokens.shape
+        compute, drafts = self.state.model.compute_logits, self.state.drafts
+        if logits is None and rows * shape.slots <= ONE_PASS:
+            logits = compute(states.flatten(0, 1)).view(rows, shape.slots, -1)
         judged = compute(states[:, :length].flatten(0, 1)) if logits is None else logits[:, :length].flatten(0, 1)
-        one = torch.ones_like(step.slots)
-        counts = drafts.count[step.slots].clamp(max=length)
-        facts = Judged(step.tokens, counts, one, step.layout.anchors, one > 0, slots, length)
-        decision = self._decide(judged, facts, step, batch)
+        one = torch.ones_like(slots)
+        counts = drafts.count[slots].clamp(max=length)
+        decision = choose(judged, Judged(tokens, counts, one, anchors, one > 0, shape.slots, length))
         block = states.flatten(0, 1)[decision.masks]
         if logits is None:
             block_logits = compute(block[:, 1:].flatten(0, 1)).view(rows, length - 1, -1)
         else:
             block_logits = logits.flatten(0, 1)[decision.masks[:, 1:]]
-        drafted = state.head.drafts(block, block_logits, decision.next_token)
-        drafts.tokens[step.slots, :length] = drafted.drafts
-        drafts.count[step.slots] = decision.drafted
-        drafts.confidence[step.slots, : length - 1] = drafted.confidence
-        self.metrics.record(step.shape, decision.result, step.layout.anchors)
-        return decision
+        drafted = self.state.head.drafts(block, block_logits, decision.next_token)
+        drafts.tokens[slots, :length] = drafted.drafts
+        drafts.count[slots] = decision.drafted
+        drafts.confidence[slots, : length - 1] = drafted.confidence
+        return decision.result
 
     def _decide(self, logits: Tensor, facts: Judged, step: Step, batch: Any) -> Decision:
         """Which drafts stand, by logits [R * K, V]."""
@@ -97,7 +133,7 @@ class TidarSampler:
             sure = sent(np.repeat(greedy, length), probs.device) > 0
             probs = torch.where(sure[:, None], certain(logits), probs)
         seeds = self.base.sampling_states.seeds.gpu[step.slots].to(logits.device)
-        noise = uniforms(seeds, step.layout.prefix, length)
+        noise = uniforms(seeds, step.prefix, length)
         verdict = accept_sampled(probs.view(rows, length, -1), facts.drafts, None, noise, facts.drafted)
         return decide_eager(verdict, facts, length)
 
@@ -155,14 +191,14 @@ def _all(batch: Any) -> np.ndarray:
     return np.arange(batch.num_reqs)
 
 
-def _output(decision: Decision, step: Step) -> SamplerOutput:
-    accepted = decision.result[:, 0].int()
+def _output(result: Tensor, step: Step) -> SamplerOutput:
+    accepted = result[:, 0].int()
     return SamplerOutput(
-        sampled_token_ids=decision.result[:, 3:].contiguous(),
+        sampled_token_ids=result[:, 3:].contiguous(),
         logprobs_tensors=None,
         num_nans=None,
         num_sampled=accepted,
-        num_rejected=step.layout.size - accepted,
+        num_rejected=step.shape.slots - accepted,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from vllm.config import VllmConfig
@@ -12,9 +13,16 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from tidar.errors import TidarError
 from tidar.vllm.checkpoint import Checkpoint
 from tidar.vllm.drafter import DraftHead, install, read_tensors
+from tidar.vllm.replay import Replay
 from tidar.vllm.sampler import TidarSampler
 from tidar.vllm.settings import curve_of
-from tidar.vllm.step import Buffers, Drafts, Step, Visibility, find_rows, make_step
+from tidar.vllm.step import Buffers, Drafts, Step, StepMaker, Visibility, find_rows
+
+CHANGES = (
+    "logit_bias", "allowed_token_ids", "bad_words", "min_tokens", "presence_penalty", "frequency_penalty",
+    "watermarking",
+)  # fmt: skip
+"""What changes logits before the largest one is taken."""
 
 
 class TidarModelState(DefaultModelState):
@@ -22,6 +30,8 @@ class TidarModelState(DefaultModelState):
 
     Attributes:
         step: the drafting part of the running step, None if nothing drafts.
+        untouched: [requests] whether a request's next token is simply the one with the largest logit.
+        replay: runs parts of drafting steps as CUDA graphs.
     """
 
     def __init__(self, vllm_config: VllmConfig, model: nn.Module, encoder_cache: Any, device: torch.device) -> None:
@@ -31,12 +41,19 @@ class TidarModelState(DefaultModelState):
         self.curve = curve_of(vllm_config)
         self.buffers = Buffers(self.curve, self.max_num_tokens, self.max_num_reqs, self.dtype, device)
         self.drafts = Drafts.empty(self.max_num_reqs, self.curve.most_drafts, device)
+        self.untouched = np.zeros(self.max_num_reqs, dtype=bool)
+        alone = vllm_config.parallel_config.tensor_parallel_size == 1
+        self.replay = Replay(device.type == "cuda" and alone and not self.model_config.enforce_eager)
         self.step: Step | None = None
         stored = self.checkpoint.drafter
         tensors = read_tensors(stored) if stored is not None else {}
         if stored is not None:
             install(model, stored, tensors, self.buffers.gate)
         self.head = DraftHead(model, self.checkpoint, tensors, self.dtype)
+        tidar, last = self.checkpoint.tidar, self.max_model_len - 1
+        causal = tidar.block_attention == "causal"
+        mask = self.checkpoint.mask_token or 0
+        self.maker = StepMaker(self.buffers, self.drafts, mask, last, causal, self.replay)
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, None]:
         return TidarSampler(sampler, self), None
@@ -44,6 +61,7 @@ class TidarModelState(DefaultModelState):
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         super().add_request(req_index, new_req_data)
         self.drafts.count[req_index] = 1  # nothing is drafted yet
+        self.untouched[req_index] = takes_the_best(new_req_data.sampling_params)
 
     def prepare_attn(self, input_batch: Any, *args: Any, for_capture: bool = False, **kwargs: Any) -> dict[str, Any]:
         metadata = super().prepare_attn(input_batch, *args, for_capture=for_capture, **kwargs)
@@ -54,15 +72,13 @@ class TidarModelState(DefaultModelState):
 
     def _prepare(self, batch: Any) -> Visibility:
         shape, rows = find_rows(batch, self.curve)
-        self.buffers.positions[: batch.num_tokens] = batch.positions[: batch.num_tokens]
         if len(rows) < batch.num_reqs:
+            self.buffers.positions[: batch.num_tokens] = batch.positions[: batch.num_tokens]
             self.buffers.fill_plain(batch)
         self.step, self.model.running = None, "drafting" if len(rows) else "plain"
         if not len(rows):
             return self.buffers.visibility(None, 0, 0)
-        causal = self.checkpoint.tidar.block_attention == "causal"
-        self.step = step = make_step(batch, shape, rows, self.drafts, causal)
-        self.buffers.fill_step(batch, step, self.checkpoint.mask_token or 0, self.max_model_len - 1)
+        self.step = step = self.maker.make(batch, shape, rows)
         requests = None if step.index is None else step.index.int()
         return self.buffers.visibility(requests, batch.num_reqs_after_padding, shape.slots)
 
@@ -83,6 +99,12 @@ class TidarModelState(DefaultModelState):
         inputs = super().prepare_dummy_inputs(num_reqs, num_tokens)
         self.model.running = "both"
         return {**inputs, "positions": self.buffers.positions[:num_tokens]}
+
+
+def takes_the_best(params: Any) -> bool:
+    """Whether sampling parameters leave nothing to do but to take the token with the largest logit."""
+    given = params is not None and params.temperature == 0
+    return bool(given and params.repetition_penalty == 1 and not any(getattr(params, name, None) for name in CHANGES))
 
 
 def check_supported(config: VllmConfig) -> None:

@@ -7,6 +7,7 @@ placeholders become drafts and masks. Everything that the model reads stays wher
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from tidar.kernels.judge import choose_outcomes
 from tidar.layout import Layout, chains, step_layout
+from tidar.vllm.replay import Replay
 from tidar.vllm.shapes import Curve, Shape
 
 
@@ -58,8 +60,8 @@ class Step:
     """The drafting part of one step.
 
     rows: which requests of the batch draft, on the host; index: the same on the device, None for all of them. slots:
-    [R] their places in the worker; starts: [R] where their tokens begin. tokens [R, K] what is judged; layout: behind
-    their prefixes.
+    [R] their places in the worker; starts: [R] where their tokens begin. tokens [R, K] what is judged; anchors [R, B]
+    the drafts that blocks continue; prefix [R] cached tokens.
     """
 
     shape: Shape
@@ -68,7 +70,8 @@ class Step:
     slots: Tensor
     starts: Tensor
     tokens: Tensor
-    layout: Layout
+    anchors: Tensor
+    prefix: Tensor
 
 
 class Buffers:
@@ -100,22 +103,25 @@ class Buffers:
             enter, exit_ = chains(batch.num_scheduled_tokens[: batch.num_reqs].tolist())
             self.enter[: len(enter)], self.exit[: len(exit_)] = enter, exit_
 
-    def fill_step(self, batch: Any, step: Step, mask_token: int, last_position: int) -> None:
-        """A drafting step's token ids, positions, gate and visibility."""
-        layout, clean = step.layout, step.layout.clean
-        where = step.starts[:, None] + torch.arange(layout.size, device=step.starts.device)
-        batch.input_ids[where[:, 1:clean]] = step.tokens[:, 1:].int()
-        batch.input_ids[where[:, clean:]] = mask_token
-        self.gate[where[:, :clean]], self.gate[where[:, clean:]] = 0, 1
-        self.gated = True
+    def fill_step(self, input_ids: Tensor, starts: Tensor, tokens: Tensor, layout: Layout, last_position: int) -> None:
+        """A drafting step's token ids, positions, gate and visibility; `tokens` [R, N] are drafts and masks."""
+        place = torch.arange(layout.size, device=starts.device)
+        where = starts[:, None] + place
+        # Whole tensors: a number would be sent to the device, and the host would wait for that.
+        input_ids[where] = tokens.int()
+        self.gate[where] = (place >= layout.clean).to(self.gate.dtype)[:, None].expand(len(where), -1, -1)
         # Masks may stand past the context's end; no token there is ever committed.
         self.positions[where] = layout.position.clamp(max=last_position)
         self.enter[where], self.exit[where] = layout.enter.int(), layout.exit.int()
 
 
 def sent(numbers: np.ndarray, device: torch.device) -> Tensor:
-    """Host numbers on the device, int64, in the order of its work and without waiting for it."""
-    return torch.from_numpy(numbers.astype(np.int64)).to(device, non_blocking=True)
+    """Host numbers on the device, int64, in the order of its work.
+
+    The host does not wait: it would for memory that is not pinned, until all that was launched before is done.
+    """
+    held = torch.from_numpy(numbers.astype(np.int64))
+    return held.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else held.to(device)
 
 
 def find_rows(batch: Any, curve: Curve) -> tuple[Shape, np.ndarray]:
@@ -127,18 +133,45 @@ def find_rows(batch: Any, curve: Curve) -> tuple[Shape, np.ndarray]:
     return shape, np.flatnonzero(placed == shape.slots - 1) if shape.drafting else np.empty(0, dtype=np.int64)
 
 
-def make_step(batch: Any, shape: Shape, rows: np.ndarray, drafts: Drafts, causal_blocks: bool) -> Step:
-    """What the requests `rows` of a batch judge and draft."""
-    device = batch.input_ids.device
-    index = None if len(rows) == batch.num_reqs else sent(rows, device)
-    slots = (batch.idx_mapping if index is None else batch.idx_mapping[index])[: len(rows)].long()
-    starts = batch.query_start_loc[: batch.num_reqs]
-    starts = (starts if index is None else starts[index]).long()
-    length = shape.draft_length
-    outcomes: Tensor | range = range(1, length + 1)
-    if shape.outcomes < length:
-        counts = drafts.count[slots].clamp(max=length)
-        outcomes = choose_outcomes(drafts.confidence[slots, : length - 1].contiguous(), counts, shape.outcomes)
-    layout = step_layout(length, outcomes, device, (), causal_blocks).after(batch.positions[starts])
-    tokens = torch.cat((batch.input_ids[starts][:, None].long(), drafts.tokens[slots, 1:length]), 1)
-    return Step(shape, rows, index, slots, starts, tokens, layout)
+class StepMaker:
+    """Makes the drafting part of steps and fills it into the batch.
+
+    Args:
+        buffers, drafts: what the model reads, and what requests carry.
+        mask_token, last_position: the token id of masks, and the last position of the model's context.
+        causal_blocks: as the model was trained.
+        replay: runs what is the same in every step of a shape.
+    """
+
+    def __init__(
+        self, buffers: Buffers, drafts: Drafts, mask_token: int, last_position: int, causal_blocks: bool, replay: Replay
+    ) -> None:
+        self.buffers, self.drafts, self.replay = buffers, drafts, replay
+        self.mask_token, self.last_position, self.causal_blocks = mask_token, last_position, causal_blocks
+
+    def make(self, batch: Any, shape: Shape, rows: np.ndarray) -> Step:
+        """What the requests `rows` of a batch judge and draft."""
+        self.buffers.gated = True
+        count = len(rows)
+        if count == batch.num_reqs:
+            read = batch.input_ids, batch.positions, batch.query_start_loc
+            fill = partial(self._fill, batch, shape, None)
+            return Step(
+                shape, rows, None, *self.replay(("inputs", shape, count), fill, batch.idx_mapping[:count], fixed=read)
+            )
+        index = sent(rows, batch.input_ids.device)
+        return Step(shape, rows, index, *self._fill(batch, shape, index, batch.idx_mapping[index]))
+
+    def _fill(self, batch: Any, shape: Shape, index: Tensor | None, slots: Tensor) -> tuple[Tensor, ...]:
+        """The tensors of a `Step`, from `slots` on."""
+        length, slots, drafts = shape.draft_length, slots.long(), self.drafts
+        starts = (batch.query_start_loc[: len(slots)] if index is None else batch.query_start_loc[index]).long()
+        outcomes: Tensor | range = range(1, length + 1)
+        if shape.outcomes < length:
+            counts = drafts.count[slots].clamp(max=length)
+            outcomes = choose_outcomes(drafts.confidence[slots, : length - 1].contiguous(), counts, shape.outcomes)
+        layout = step_layout(length, outcomes, slots.device, (), self.causal_blocks).after(batch.positions[starts])
+        tokens = torch.cat((batch.input_ids[starts][:, None].long(), drafts.tokens[slots, 1:length]), 1)
+        masks = tokens.new_full((len(slots), layout.size - length), self.mask_token)
+        self.buffers.fill_step(batch.input_ids, starts, torch.cat((tokens, masks), 1), layout, self.last_position)
+        return slots, starts, tokens, layout.anchors, layout.prefix
