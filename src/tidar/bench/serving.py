@@ -39,6 +39,7 @@ class Load:
         prompts: a set of prompts instead (its name, its file, how many of the first), through the checkpoint's chat
             template; answers end where the model ends them, and have at most `new` tokens.
         rounds: how many requests follow each other in each place.
+        repeats: measurements of each, after one to warm up; the one with the median rate counts.
         survival: probability that a draft stands, for random weights; None judges drafts as they are.
         draft_length, outcomes, curve: see `vllm.command.Options`.
         more: further keyword arguments of `vllm.LLM`.
@@ -49,6 +50,7 @@ class Load:
     prompt: int = 1024
     new: int = 256
     rounds: int = 2
+    repeats: int = 3
     survival: float | None = None
     draft_length: int | None = None
     outcomes: int | None = None
@@ -168,9 +170,12 @@ def _run(given: dict[str, Any]) -> None:
     machine = {"device": device, "torch": torch.__version__, "vllm": vllm.__version__}
     _say({"machine": machine, f"{given['mode']}_start_s": round(time.perf_counter() - started, 1), "curve": curve})
     for concurrency in given["concurrency"]:
-        one(llm, given["prompt"], texts, min(64, given["new"]), concurrency, 1)  # warms up
-        row = one(llm, given["prompt"], texts, given["new"], concurrency, given["rounds"])
-        _say({"mode": given["mode"], "concurrency": concurrency, **row})
+        request = (llm, given["prompt"], texts, given["new"], concurrency)
+        one(*request, 1)  # warms up
+        rows = [one(*request, given["rounds"]) for _ in range(given["repeats"])]
+        rates = [row["tokens_per_s"] for row in rows]
+        middle = rows[rates.index(statistics.median_low(rates))]
+        _say({"mode": given["mode"], "concurrency": concurrency, **middle, "all_tokens_per_s": rates})
 
 
 def _encoded(given: dict[str, Any]) -> list[list[int]]:

@@ -107,7 +107,7 @@ def measure(
     peers: bool,
     peer_prompts: int,
 ) -> Iterator[dict[str, Any]]:
-    """Every contestant on every set and batch size; medians over `repeats` passes after one to warm up.
+    """Every contestant on every set and batch size; the median of `repeats` passes after one to warm up.
 
     first_token_ms is the time to the first token of a batch: a prefill, and what starting a run costs.
 
@@ -137,8 +137,9 @@ def measure(
         run(part[: max(batch, 2)], batch, new)
         runs = [run(part, batch, new) for _ in range(repeats)]
         first = statistics.median(run(part[:batch], batch, 1).seconds for _ in range(repeats))
-        answers = reference.setdefault((set_name, batch), runs[0].answers)
-        seconds, tokens = statistics.median(r.seconds for r in runs), sum(map(len, runs[0].answers))
+        middle = sorted(runs, key=lambda run: run.seconds)[(len(runs) - 1) // 2]
+        answers = reference.setdefault((set_name, batch), middle.answers)
+        seconds, tokens = middle.seconds, sum(map(len, middle.answers))
         row: dict[str, Any] = {
             "set": set_name,
             "contestant": label,
@@ -148,10 +149,11 @@ def measure(
             "seconds": round(seconds, 3),
             "first_token_ms": round(first * 1e3, 2),
             "new_tokens": tokens,
-            "identical_to_ar": sum(a == b for a, b in zip(runs[0].answers, answers, strict=False)),
+            "identical_to_ar": sum(a == b for a, b in zip(middle.answers, answers, strict=False)),
+            "passes_s": [round(run.seconds, 3) for run in runs],
         }
-        if runs[0].forwards:
-            row |= _per_forward(model, part, batch, tokens, seconds, runs[0].forwards)
+        if middle.forwards:
+            row |= _per_forward(model, part, batch, tokens, seconds, middle.forwards)
         rows.append(row)
         print({k: row[k] for k in list(row)[:7]}, file=sys.stderr)
         yield result

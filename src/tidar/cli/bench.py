@@ -153,6 +153,7 @@ def bench_serve(
     prompts: Annotated[str | None, typer.Option(help="NAME=FILE.jsonl[:FIRST_N] instead of random prompts.")] = None,
     max_new_tokens: o.MaxNewTokens = 256,
     rounds: Annotated[int, typer.Option(help="Requests that follow each other in each place.")] = 2,
+    repeats: Annotated[int, typer.Option(help="Measurements of each, after one to warm up; the median counts.")] = 3,
     survival: Annotated[
         float | None, typer.Option(help="Probability that a draft stands, with random weights (needed there).")
     ] = None,
@@ -163,7 +164,7 @@ def bench_serve(
 ) -> None:
     """Measure vLLM with and without the plug-in, in one run."""
     o.check_counts(prompt=prompt, max_new_tokens=max_new_tokens, rounds=rounds, tensor_parallel=tensor_parallel)
-    o.check_counts(draft_length=draft_length, outcomes=outcomes)
+    o.check_counts(draft_length=draft_length, outcomes=outcomes, repeats=repeats)
     requests = tuple(sorted(set(concurrency or [1, 4, 16, 64])))
     o.check_counts(concurrency=min(requests))
     check_version()
@@ -182,6 +183,7 @@ def bench_serve(
         prompt or 1024,
         max_new_tokens,
         rounds,
+        repeats,
         survival,
         draft_length,
         outcomes,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -185,6 +185,8 @@ class Learned:
     def __init__(self, draft_length: int) -> None:
         self.acceptance = Acceptance(draft_length)
         self.pauses = defaultdict[int, Pause](Pause)  # by batch size
+        # By whether forwards are captured, and by batch size; see `Costs.of`.
+        self.costs = defaultdict[bool, dict[int, list[tuple[Plan, float]]]](dict)
 
 
 class AutoPlanner:
@@ -206,6 +208,8 @@ class AutoPlanner:
         self._plan = self._running = Plan(1, params)  # what to do now, and what was chosen: they differ in a look
         self._size, self._last = 0, False  # batch size of the choice, and whether nothing waits for places in it
         self._left = self._age = 0  # forwards until the next choice, forwards so far
+        self._asked: tuple | None = None
+        self._gains = list[float]()  # the last expected tokens, and what they follow from
 
     @property
     def acceptance(self) -> Acceptance:
@@ -217,19 +221,28 @@ class AutoPlanner:
             kept.clear()
         self.learned = kept.setdefault(key, Learned(self.longest.draft_length))
         self.acceptance.relax()
-        measured = Costs(runner, self.remeasure)
         self.captures = runner.captures
-        shapes = SHAPES_CUDA if runner.network.device.type == "cuda" else SHAPES
-        plans = [self._plan_of(shape) for shape in shapes]
-        size = 1
-        while size < 2 * rows:
-            self.costs[size] = measured.of(plans, size)
-            plain = next(seconds for plan, seconds in self.costs[size] if not plan.drafting)
-            # A larger batch leaves fewer slots free: what cannot pay here cannot pay there.
-            plans = [plan for plan, seconds in self.costs[size] if seconds <= plan.draft_length * plain]
-            size *= 2
+        known = self.learned.costs[self.captures]  # to look them up takes as long as several forwards of a small model
+        if self.remeasure or power_of_two(rows) not in known:
+            known |= self._measure(Costs(runner, self.remeasure), rows)
+        self.costs = {
+            size: [(replace(plan, params=self.params), seconds) for plan, seconds in costs]
+            for size, costs in known.items()
+        }
         self._size, self.remeasure = 0, False
+
+    def _measure(self, measured: Costs, rows: int) -> dict[int, list[tuple[Plan, float]]]:
+        """Costs by batch size, up to the first that holds `rows`."""
+        shapes = SHAPES_CUDA if measured.network.device.type == "cuda" else SHAPES
+        plans, size, costs = [self._plan_of(shape) for shape in shapes], 1, dict[int, list[tuple[Plan, float]]]()
+        while size < 2 * rows:
+            costs[size] = measured.of(plans, size)
+            plain = next(seconds for plan, seconds in costs[size] if not plan.drafting)
+            # A larger batch leaves fewer slots free: what cannot pay here cannot pay there.
+            plans = [plan for plan, seconds in costs[size] if seconds <= plan.draft_length * plain]
+            size *= 2
         measured.save()
+        return costs
 
     def _plan_of(self, shape: tuple[int, int, int]) -> Plan:
         length, outcomes, alternatives = shape
@@ -276,9 +289,14 @@ class AutoPlanner:
     def _rates(self, rows: int) -> dict[Plan, float]:
         """Expected tokens per second of every plan that can pay."""
         costs = self.costs[rows]
-        shapes = [(plan.draft_length, plan.blocks, plan.alternatives) for plan, _ in costs]
-        gains = expected_tokens(self.acceptance.survival, shapes, self.acceptance.hits)
-        return {plan: gain / seconds for (plan, seconds), gain in zip(costs, gains, strict=True)}
+        asked = (
+            tuple(self.acceptance.survival),
+            tuple((plan.draft_length, plan.blocks, plan.alternatives) for plan, _ in costs),
+            tuple(self.acceptance.hits),
+        )
+        if asked != self._asked:  # else nothing was observed since: it is asked twice before a run's first forward
+            self._asked, self._gains = asked, expected_tokens(*asked)
+        return {plan: gain / seconds for (plan, seconds), gain in zip(costs, self._gains, strict=True)}
 
     def _turn(self) -> None:
         """What comes when a plan has had its time: after plain decoding a look at drafting, else another choice."""
