@@ -23,6 +23,11 @@ from tiny import CONTEXT, PROMPTS, continuations, network_of, tiny_network
 SAMPLED = SamplingParams(temperature=0.8, seed=3)
 
 
+@pytest.fixture(autouse=True)
+def prefills_are_captured_at_once(monkeypatch):
+    monkeypatch.setattr(module, "PREFILL_USES", 0)
+
+
 class Replayed(GraphRunner):
     """Its graphs run what they would have captured."""
 
@@ -259,3 +264,16 @@ def test_a_server_replays_what_lasts_and_runs_the_rest(monkeypatch):
         assert tokens == [token for [update] in alone for token in update.token_ids]
     assert any("a step of 20 slots x 4 rows" in made for made in replayed.made)
     assert all(not isinstance(key[0].params, MixedParams) and key[0].logprobs is None for key in replayed.graphs)
+
+
+def test_sizes_of_prefills_that_are_rare_run_eagerly(monkeypatch):
+    monkeypatch.setattr(module, "PREFILL_USES", 2)
+    runner, plan = Replayed(network_of("llama")), Plan(4)
+    runner.prepare(2, CONTEXT, plan)
+    captured = []
+    for _ in range(4):
+        assert runner.admit(PROMPTS[:1], [0], [0], plan).tokens() == continuations("llama")[0][:1]
+        captured.append(len(runner.graphs))
+    assert captured == [0, 0, 1, 1]
+    runner.admit(PROMPTS[:2], [0, 1], [0, 1], plan)  # another size
+    assert len(runner.graphs) == 1

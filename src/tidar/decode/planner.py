@@ -132,6 +132,9 @@ class Acceptance:
 
     def observe(self, plan: Plan, gains: Sequence[Gain]) -> None:
         """A forward of `plan` and what it gave each row. The first draft always stands; so does a known second one."""
+        if not plan.drafting:  # it judges nothing; with many rows a small model's forward takes hardly longer than this
+            self._next = 0.0
+            return
         judged, standing = [0] * (len(self.tried) + 1), [0] * (len(self.tried) + 1)
         for gain in gains:
             judged[min(len(gain.tokens), gain.drafted - 1)] += 1

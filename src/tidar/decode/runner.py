@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import sys
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple, Protocol
@@ -37,6 +37,10 @@ LONGEST = 2048
 """Slots a row of a captured prefill: the mask of longer ones would outgrow their keys and values."""
 PREFILL_WORK = 2e13
 """Floating-point operations of prompts that are not worth a graph: their products take as long as their launches."""
+
+PREFILL_USES = 8
+"""Prefills of a size that run eagerly before it is captured: a capture costs some 60 ms, a replay saves a tenth of
+that, and rows that end one by one come in many sizes."""
 
 
 class Pending:
@@ -173,6 +177,7 @@ class GraphRunner(Runner):
     def __init__(self, network: Network) -> None:
         super().__init__(network)
         self.graphs: OrderedDict[tuple, Captured] = OrderedDict()
+        self.met = Counter[tuple]()  # prefills by size, until they are captured
         self.pool = torch.cuda.graph_pool_handle()
         self.weights = sum(p.numel() for p in network.lm.parameters())
 
@@ -238,11 +243,15 @@ class GraphRunner(Runner):
 
     def _admit(self, prompts: list[list[int]], rows: list[int], places: list[int], plan: Plan, width: int) -> Pending:
         """One graph's share: prompts padded to `width`."""
+        key = (plan.key, "prefill", len(prompts), width)
+        if key not in self.graphs and self.met[key] < PREFILL_USES:
+            if len(self.met) >= MOST_GRAPHS:
+                self.met.clear()
+            self.met[key] += 1
+            return super().admit(prompts, rows, places, plan).pieces[0]
         packed = pack_prompts(prompts, rows, plan.params.seed, width)
         inputs = torch.cat((packed, torch.tensor(places)[:, None]), 1)
-        captured = self._captured(
-            (plan.key, "prefill", len(prompts), width), lambda: self._capture_admission(plan, inputs)
-        )
+        captured = self._captured(key, lambda: self._capture_admission(plan, inputs))
         assert captured.inputs is not None
         send(inputs, captured.inputs)
         captured.graph.replay()
