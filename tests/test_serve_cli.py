@@ -74,6 +74,8 @@ def test_it_serves_until_ctrl_c_and_lets_answers_end(run, folder):
         (["--max-model-len", str(CONTEXT + 1)], f"between 2 and {CONTEXT}"),
         (["--host", "no.such.host.invalid"], "cannot listen on no.such.host.invalid"),
         (["--engine", "vllm", "--drafter", "x"], "--drafter is an option of --engine local"),
+        (["--engine", "local", "--curve", "4:8:4"], "--curve is an option of --engine vllm"),
+        (["--engine", "vllm", "--curve", "4-8"], "REQUESTS:K:OUTCOMES"),
         (["--engine", "vllm", "--plan", "fixed"], "--plan is an option of --engine local"),
         (["--engine", "vllm", "--max-queue", "0"], "--max-queue is an option of --engine local"),
     ],

@@ -27,6 +27,20 @@ def test_curve_shrinks_to_plain_decoding():
     assert all(curve.of_slots(shape.slots) == shape for shape in chosen)
 
 
+def test_small_models_draft_for_few_requests_only():
+    """Their steps take what the host takes, which grows with the requests, whatever is drafted."""
+    shapes = [Shape(8, 4), Shape(8, 2), Shape(8, 1), Shape(4, 1)]
+    large, small = (choose_curve(shapes, 256, weights=weights) for weights in (16_000_000_000, 270_000_000))
+    assert 4 <= small.steps[-1][0] < 16 < large.steps[-1][0] <= choose_curve(shapes, 256).steps[-1][0]
+
+
+def test_curves_in_words():
+    assert Curve.read(["4:8:4", "12:8:2"]).entries == [[4, 8, 4], [12, 8, 2]]
+    for entries, says in ((["4-8-4"], "REQUESTS:K:OUTCOMES"), (["4:8"], "draft length"), (["4:8:9"], "cannot draft")):
+        with pytest.raises(TidarError, match=says):
+            Curve.read(entries)
+
+
 def test_no_curve_where_tokens_are_dear():
     assert choose_curve([Shape(8, 4)], 8, costs=((1, 1.0), (64, 64.0))) is None
 
@@ -50,7 +64,9 @@ def test_flags(tmp_path):
     assert "--no-async-scheduling" in flags
     assert "--middleware" in flags
     assert arguments(folder, Options(mode="ar")) == ["serve", folder]
-    assert engine_options(folder, Options(cuda=True))["attention_backend"] == "CUSTOM"
+    on_cuda = engine_options(folder, Options(cuda=True))
+    assert (on_cuda["attention_backend"], on_cuda["worker_cls"]) == ("CUSTOM", "tidar.vllm.worker.TidarWorker")
+    assert engine_options(folder, Options(cuda=True, curve=((9, 4, 2),)))["diffusion_config"] == {"canvas_length": 11}
 
 
 def test_folders_that_cannot_draft(tmp_path):
@@ -67,6 +83,7 @@ def test_folders_that_cannot_draft(tmp_path):
         (Options(mode="ar", outcomes=4), "mode 'ar' drafts nothing"),
         (Options(mode="ar", curve=((4, 4, 2),)), "mode 'ar' drafts nothing"),
         (Options(mode="other"), "mode is 'other'"),
+        (Options(draft_length=4, curve=((4, 4, 2),)), "give the curve, or those"),
         (Options(draft_length=0), "draft length is 0"),
         (Options(outcomes=0), "outcomes is 0"),
         (Options(outcomes=-1), "outcomes is -1"),

@@ -20,9 +20,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from tidar.bench import machine
 from tidar.bench.shapes import RANDOM
 from tidar.errors import TidarError
-from tidar.prompts import encode_prompt, read_prompts
+from tidar.prompts import encode_prompt, read_prompts, template_name
 
 MODES = ("ar", "tidar")
 MARK = "RESULT "
@@ -54,7 +57,7 @@ class Load:
     survival: float | None = None
     draft_length: int | None = None
     outcomes: int | None = None
-    curve: tuple[tuple[int, int, int], ...] | None = None
+    curve: Sequence[Sequence[int]] | None = None
     prompts: tuple[str, str, int | None] | None = None
     more: dict[str, Any] | None = None
 
@@ -72,12 +75,15 @@ def measure(load: Load, modes: Sequence[str] = MODES) -> Iterator[dict[str, Any]
     if load.prompts is not None and load.model in RANDOM:
         raise TidarError("random weights answer nothing: prompts are for a checkpoint")
     said = load.prompts and f"{load.prompts[0]}{':' if load.prompts[2] else ''}{load.prompts[2] or ''}"
-    result: dict[str, Any] = {"load": {**asdict(load), "prompts": said}, "rows": []}
+    asked = {**asdict(load), "prompts": said, "model": load.model if load.model in RANDOM else Path(load.model).name}
+    conditions = machine.conditions(torch.device("cpu"), torch.float32) | {"temperature": 0}
+    result: dict[str, Any] = {"conditions": conditions, "load": asked, "rows": []}
     with tempfile.TemporaryDirectory(prefix="tidar-serving-") as scratch:
         folder = write_random(load.model, Path(scratch)) if load.model in RANDOM else load.model
         for mode in modes:
             for line in _child(load, mode, folder):
                 if "machine" in line:
+                    conditions |= line.pop("machine")
                     result.update(line)
                 else:
                     result["rows"].append(line)
@@ -109,7 +115,6 @@ def _child(load: Load, mode: str, folder: str) -> Iterator[dict[str, Any]]:
 
 def write_random(name: str, folder: Path) -> str:
     """A checkpoint folder at the shape of a real model, with a random drafter and no weights file."""
-    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from tidar.config import TidarConfig
@@ -134,7 +139,6 @@ def _run(given: dict[str, Any]) -> None:
     from tidar.vllm.plugin import register
 
     register()
-    import torch
     import vllm
     from vllm import LLM
 
@@ -144,7 +148,7 @@ def _run(given: dict[str, Any]) -> None:
     most = max(given["concurrency"])
     chosen = {key: given[key] for key in ("draft_length", "outcomes", "curve")} if given["mode"] == "tidar" else {}
     options = engine_options(given["folder"], Options(mode=given["mode"], max_num_seqs=most, **chosen))
-    texts = _encoded(given) if given["prompts"] else None
+    texts, template = _encoded(given) if given["prompts"] else (None, "none")
     own = {
         "max_model_len": (max(map(len, texts)) if texts else given["prompt"]) + given["new"] + 64,
         "max_num_batched_tokens": 8192,
@@ -167,8 +171,9 @@ def _run(given: dict[str, Any]) -> None:
     if given["survival"] is not None and given["mode"] == "tidar":
         fix_acceptance(llm, given["survival"])
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    machine = {"device": device, "torch": torch.__version__, "vllm": vllm.__version__}
-    _say({"machine": machine, f"{given['mode']}_start_s": round(time.perf_counter() - started, 1), "curve": curve})
+    dtype = str(llm.llm_engine.model_config.dtype).removeprefix("torch.")
+    where = {"device": device, "threads": None, "dtype": dtype, "vllm": vllm.__version__, "template": template}
+    _say({"machine": where, f"{given['mode']}_start_s": round(time.perf_counter() - started, 1), "curve": curve})
     for concurrency in given["concurrency"]:
         request = (llm, given["prompt"], texts, given["new"], concurrency)
         one(*request, 1)  # warms up
@@ -178,12 +183,14 @@ def _run(given: dict[str, Any]) -> None:
         _say({"mode": given["mode"], "concurrency": concurrency, **middle, "all_tokens_per_s": rates})
 
 
-def _encoded(given: dict[str, Any]) -> list[list[int]]:
+def _encoded(given: dict[str, Any]) -> tuple[list[list[int]], str]:
+    """Token ids of the prompts, and what template they went through."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(given["folder"])
     _, file, first = given["prompts"]
-    return [encode_prompt(tokenizer, placed.prompt) for placed in read_prompts(file)[:first]]
+    texts = [encode_prompt(tokenizer, placed.prompt) for placed in read_prompts(file)[:first]]
+    return texts, template_name(tokenizer)
 
 
 def one(
@@ -238,7 +245,6 @@ def one(
 
 def fix_acceptance(llm: Any, survival: float) -> None:
     """From now on every draft stands with this probability, whatever the logits say."""
-    import torch
 
     from tidar.kernels import judge
     from tidar.sampling import Leaves

@@ -18,6 +18,7 @@ from tidar.errors import TidarError
 from tidar.prompts import Prompt, read_prompts
 from tidar.train.config import TrainConfig
 from tidar.vllm.hooks import check_version
+from tidar.vllm.shapes import Curve
 
 app = typer.Typer(help="Measure this machine.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -159,6 +160,7 @@ def bench_serve(
     ] = None,
     draft_length: Annotated[int | None, typer.Option(help="K [default: the block size of training].")] = None,
     outcomes: Annotated[int | None, typer.Option(help="Outcome blocks of a step [default: 4].")] = None,
+    curve: o.CurveSteps = None,
     tensor_parallel: Annotated[int, typer.Option(help="GPUs.")] = 1,
     out: Out = Path("serve"),
 ) -> None:
@@ -187,6 +189,7 @@ def bench_serve(
         survival,
         draft_length,
         outcomes,
+        Curve.read(curve).entries if curve else None,
         prompts=chosen,
         more=more,
     )

@@ -35,6 +35,13 @@ DraftLength = Annotated[
     int | None, typer.Option(help="K, tokens drafted a step. This and the next two turn --plan auto off.")
 ]
 Outcomes = Annotated[int | None, typer.Option(help="Outcome blocks drafted a step, the likeliest [without it: all K].")]
+CurveSteps = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--curve",
+        help="REQUESTS:K:OUTCOMES: vLLM drafts so up to that many requests (repeatable) [default: a rule].",
+    ),
+]
 Alternatives = Annotated[
     int | None, typer.Option(help="Next best tokens verified beside the drafts, one slot each [without it: none].")
 ]

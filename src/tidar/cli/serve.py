@@ -17,6 +17,7 @@ from tidar.cli import options as o
 from tidar.errors import TidarError, first_line
 from tidar.vllm import Options, command, environment
 from tidar.vllm.hooks import installed_version
+from tidar.vllm.shapes import Curve
 
 GRACE = 5
 """Seconds that running answers have to end after Ctrl-C."""
@@ -49,6 +50,7 @@ def serve(
     drafter: o.DrafterFolder = None,
     draft_length: o.DraftLength = None,
     outcomes: o.Outcomes = None,
+    curve: o.CurveSteps = None,
     alternatives: o.Alternatives = None,
     plan: o.PlanName = None,
     remeasure: o.Remeasure = False,
@@ -75,9 +77,13 @@ def serve(
     if engine == "vllm":
         _refuse_local(drafter=drafter, device=device, weights=weights, max_queue=max_queue, **own)
         flags = {"host": host, "port": port, "served_model_name": name, "max_model_len": max_model_len, "dtype": dtype}
-        _become_vllm(model, flags, api_key, mode, draft_length, outcomes, batch_size)
+        steps = Curve.read(curve).entries if curve else None
+        shape = Options(mode, draft_length, outcomes, steps, batch_size)  # type: ignore[arg-type]
+        _become_vllm(model, flags, api_key, shape)
     if engine != "local":
         raise TidarError(f"engine is {engine!r}, but must be 'local' or 'vllm'")
+    if curve:
+        raise TidarError("--curve is an option of --engine vllm; the local engine measures what to draft")
     _need("fastapi", "uvicorn", "prometheus_client")
     from tidar.serve.app import create_app
     from tidar.serve.run import run
@@ -103,10 +109,8 @@ def _default_engine(model: str) -> str:
     return "vllm" if installed_version() is not None and (Path(model) / "config.json").is_file() else "local"
 
 
-def _become_vllm(model: str, flags: dict[str, Any], api_key: str | None, mode: str, *shape: int | None) -> NoReturn:
+def _become_vllm(model: str, flags: dict[str, Any], api_key: str | None, options: Options) -> NoReturn:
     """Replace this process by `vllm serve`; the key goes through the environment, which others cannot list."""
-    draft_length, outcomes, most = shape
-    options = Options(mode, draft_length, outcomes, max_num_seqs=most)  # type: ignore[arg-type]
     more = [
         text
         for flag, value in flags.items()

@@ -49,6 +49,11 @@ class Checkpoint:
         return NATIVE.get(found, GENERAL)
 
     @property
+    def weight_bytes(self) -> int | None:
+        """Bytes of the base's weights; None where the folder has none, as for random ones."""
+        return sum(file.stat().st_size for file in self.folder.glob("*.safetensors")) or None
+
+    @property
     def mask_token(self) -> int | None:
         """Vocabulary id of the mask token; None for a drafter with an embedding of its own."""
         return self.tidar.mask_token_id if self.drafter is None else None

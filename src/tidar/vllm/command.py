@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -39,7 +40,7 @@ class Options:
     mode: Mode = "tidar"
     draft_length: int | None = None
     outcomes: int | None = None
-    curve: tuple[tuple[int, int, int], ...] | None = None
+    curve: Sequence[Sequence[int]] | None = None
     max_num_seqs: int | None = None
     cuda: bool | None = None
 
@@ -55,6 +56,8 @@ def engine_options(folder: str, options: Options | None = None) -> dict[str, Any
         return seats
     if options.mode != "tidar":
         raise TidarError(f"mode is {options.mode!r}, but must be 'tidar' or 'ar'")
+    if options.curve is not None and (options.draft_length is not None or options.outcomes is not None):
+        raise TidarError("a curve says draft lengths and outcomes itself: give the curve, or those")
     for name, value, least in (("draft length", options.draft_length, 2), ("outcomes", options.outcomes, 1)):
         if value is not None and not least <= value <= MAX_DRAFT:
             raise TidarError(f"{name} is {value}, but must be between {least} and {MAX_DRAFT}")
@@ -114,7 +117,7 @@ def _curve(checkpoint: Checkpoint, options: Options) -> Curve:
     elif options.draft_length or options.outcomes:
         curve = Curve(((1 << 30, Shape(length, outcomes)),))
     else:
-        found = choose_curve(_shapes(length), options.max_num_seqs or 256)
+        found = choose_curve(_shapes(length), options.max_num_seqs or 256, weights=checkpoint.weight_bytes)
         if found is None:
             raise TidarError("drafting does not pay at this block size: use --mode ar, or name a draft length")
         curve = found

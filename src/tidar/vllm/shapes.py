@@ -39,6 +39,12 @@ MOST_TOKENS = 512
 """Larger steps do not draft: vLLM captures no graphs of them."""
 SURVIVAL = 0.7
 """Guess of the probability that a draft stands, given the ones before it."""
+READS = 3e12
+"""Bytes of weights a second that the least of forwards reads, on that card."""
+HOST = {False: (1.25e-3, 0.03e-3), True: (2.0e-3, 0.25e-3)}
+"""Seconds that vLLM's host code takes for a step, and for each of its requests, plain and drafting: where weights are
+few, steps take no less. From SmolLM2-135M on an H200 machine (results/serve-smollm2-135m-h200.json), prompts joining
+between drafting steps included."""
 MARGIN = 1.05
 """Drafting must promise this much more than plain decoding: the costs know nothing of attention over long prefixes."""
 
@@ -72,6 +78,15 @@ class Curve:
             raise TidarError(f"curve is {entries!r}, but must be [[requests, draft length, outcomes], ...]")
         return Curve(tuple((limit, Shape(length, outcomes)) for limit, length, outcomes in entries))
 
+    @staticmethod
+    def read(entries: Sequence[str]) -> Curve:
+        """From texts "REQUESTS:K:OUTCOMES", as commands are given them."""
+        try:
+            numbers = [[int(part) for part in entry.split(":")] for entry in entries]
+        except ValueError as error:
+            raise TidarError(f"curve {' '.join(entries)!r} is not REQUESTS:K:OUTCOMES, as in 4:8:4") from error
+        return Curve.parse(numbers)
+
     @property
     def entries(self) -> list[list[int]]:
         """What `parse` reads."""
@@ -100,26 +115,42 @@ def choose_curve(
     most_requests: int,
     costs: Sequence[tuple[int, float]] = COSTS,
     survival: float = SURVIVAL,
+    weights: int | None = None,
 ) -> Curve | None:
     """For each number of requests the shape with the most expected tokens per second; None if drafting never pays.
 
-    The rule: expected tokens of the shape, over what a forward of requests x slots tokens costs. Drafting ends at the
-    first number of requests where no shape of up to MOST_TOKENS tokens beats plain decoding by MARGIN.
+    The rule: expected tokens of the shape, over what a forward of requests x slots tokens costs, or what the host needs
+    for it. Drafting ends at the first number of requests where no shape of up to MOST_TOKENS tokens beats plain
+    decoding by MARGIN.
+
+    Args:
+        shapes: to choose from.
+        most_requests: up to how many requests.
+        costs: (tokens in a forward, its time in units of one token's).
+        survival: probability that a draft stands, given the ones before it.
+        weights: bytes of the model's weights; None stands for so many that the host never matters.
     """
     longest = max(shape.draft_length for shape in shapes)
     gains = expected_tokens([survival] * (longest - 1), [(*shape, 0) for shape in shapes])
     tokens, seconds = (np.array(column, dtype=float) for column in zip(*costs, strict=True))
 
-    def cost(count: int) -> float:
+    def cost(requests: int, count: int, drafting: bool) -> float:
+        """Of a step of `count` tokens, in units of one token's forward."""
         beyond = max(count - tokens[-1], 0) * seconds[-1] / tokens[-1]  # compute-bound: in proportion
-        return float(np.interp(count, tokens, seconds) + beyond)
+        device = float(np.interp(count, tokens, seconds) + beyond)
+        if weights is None:
+            return device
+        step, request = HOST[drafting]
+        return max(device, (step + requests * request) * READS / weights)
 
     chosen = list[Shape]()
     for requests in range(1, most_requests + 1):
         sizes = [requests * shape.slots for shape in shapes]
-        rates = [gain / cost(n) if n <= MOST_TOKENS else 0.0 for gain, n in zip(gains, sizes, strict=True)]
+        rates = [
+            gain / cost(requests, n, True) if n <= MOST_TOKENS else 0.0 for gain, n in zip(gains, sizes, strict=True)
+        ]
         best = int(np.argmax(rates))
-        if rates[best] * cost(requests) < MARGIN:
+        if rates[best] * cost(requests, requests, False) < MARGIN:
             break
         chosen.append(shapes[best])
     runs = [(shape, len(list(run))) for shape, run in groupby(chosen)]
