@@ -119,8 +119,8 @@ def decoders() -> str:
     )
 
 
-def compared() -> list[Row]:
-    return analyse(load(f"{COMPARISON}.json")).rows
+def compared(name: str = COMPARISON, baseline: str | None = None) -> list[Row]:
+    return analyse(load(f"{name}.json"), baseline).rows
 
 
 def against(row: Row) -> str:
@@ -131,12 +131,14 @@ def against(row: Row) -> str:
     return f"{ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f}), {row.faster.shown}"
 
 
-def speed() -> str:
-    """Tokens per forward and per second, each method against plain decoding."""
-    result, lines = load(f"{COMPARISON}.json"), []
-    for row in compared():
+def speed(name: str, baseline: str) -> str:
+    """Tokens per forward and per second, each method against one of them."""
+    result, lines = load(f"{name}.json"), []
+    for row in compared(name, baseline):
         lines.append([row.name, f"{row.tokens_per_forward.value:.2f}", f"{row.tokens_per_s.value:,.0f}", against(row)])
-    return f"{conditions(result)}\n\n" + table(["method", "tokens per forward", "tokens/s", "against ar"], lines)
+    return f"{conditions(result)}\n\n" + table(
+        ["method", "tokens per forward", "tokens/s", f"against {baseline}"], lines
+    )
 
 
 def trusted(rows: list[Row]) -> list[tuple[float, Row]]:

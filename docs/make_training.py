@@ -161,16 +161,21 @@ def large() -> str:
     return text + f"{len(last)} log lines after the first ({run['curve'][-1]['step']} steps): `{run['command']}`."
 
 
-def exact(name: str) -> str:
-    """How far the curve of two DDP processes is from one process's, in words."""
+def ranks(name: str) -> str:
+    """How far several processes are from one, at the same weights: the worst of the steps."""
     result = load(name)
-    one, two = (result["runs"][run] for run in ("one", "ddp"))
-    c = result["conditions"]
-    text = f"{c['device']}, commit {c['commit']}, {c['command']}. "
-    for key in ("loss", "grad_norm"):
-        worst = max(abs(a[key] / b[key] - 1) for a, b in zip(two, one, strict=True))
-        text += f"The {key.replace('grad_norm', 'gradient norm')} is at most {worst:.3%} off in {len(one)} steps. "
-    return text
+    lines = []
+    for way in dict.fromkeys(row["way"] for row in result["rows"]):
+        mine = [row for row in result["rows"] if row["way"] == way]
+        worst = max(mine, key=lambda row: row["furthest_error"])
+        cells = (f"{max(row[key] for row in mine):.1e}" for key in ("loss_error", "gradient_error"))
+        furthest = worst["furthest"].removeprefix("network.")
+        lines.append([way, *cells, f"{worst['furthest_error']:.1e} (`{furthest}`)"])
+    header = ["two GPUs against one", "loss", "whole gradient", "parameter that is furthest off"]
+    steps = len({row["step"] for row in result["rows"]})
+    return f"{conditions(result)}. {result['model']}; relative errors, worst of {steps} steps.\n\n" + table(
+        header, lines
+    )
 
 
 def plot_ablations() -> None:
@@ -279,7 +284,7 @@ def _cost(model: str, objective: str, gpus: str, speed: float, peak: float) -> l
     return [model, objective, gpus, f"{speed:,.0f}", f"{peak:.1f}", time]
 
 
-MAKERS = {f.__name__: f for f in (costs, ablations, group, throughput, generation, distributed, large, exact)}
+MAKERS = {f.__name__: f for f in (costs, ablations, group, throughput, generation, distributed, large, ranks)}
 
 if __name__ == "__main__":
     for page in ("ablations", "convert"):

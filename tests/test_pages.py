@@ -19,6 +19,7 @@ DOCS = ROOT / "docs"
         ("ablations", "make_training"),
         ("convert", "make_training"),
         ("baselines", "make_baselines"),
+        ("serve-vllm", "make_serving"),
     ],
 )
 def test_a_page_is_what_its_script_makes(page, script, monkeypatch):
