@@ -206,7 +206,7 @@ HISTORICAL = ("docs/speed.md", "docs/ablations.md", "docs/baselines.md")
 FOREIGN = {"--help", "--no-deps", "--choices"}
 """Of every command, of pip, of recipes/ablations/run.py."""
 FOREIGN |= {"--hf-overrides", "--diffusion-config", "--scheduler-cls", "--additional-config", "--attention-backend"}
-FOREIGN |= {"--middleware"}
+FOREIGN |= {"--middleware", "--worker-cls"}
 """Of vLLM."""
 
 

@@ -4,14 +4,15 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import PROMPTS, TIDAR, count, oracle
-from engines import answers, engine, free_blocks
+from engines import answers, engine, free_blocks, runner
 from models import tiny_checkpoint
 from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
 
 from tidar import sampling
-from tidar.vllm import Options, metrics
+from tidar.vllm import Options, gated, metrics
 
 
 def test_prefix_cache_and_chunked_prefill(checkpoint, plain):
@@ -72,6 +73,30 @@ def test_other_models(tmp_path, arch, lossless):
         steps = count(metrics.STEPS)
         assert answers(llm, PROMPTS[:3]) == expected
         assert count(metrics.STEPS) > steps
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+def test_stacked_adapters_draft_the_same(tmp_path, monkeypatch, arch):
+    """As on a GPU, where A lies under the layer's weight."""
+    folder, drafted = tiny_checkpoint(tmp_path, arch), []
+
+    def leave_unpacked(layer, remove_weight):
+        layer.cpu_linear = F.linear
+
+    monkeypatch.setattr("vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm", leave_unpacked)
+    for stacked in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr(gated, "can_stack", lambda layer, device, stacked=stacked: stacked)
+            with engine(folder, Options(cuda=False, draft_length=4, outcomes=2)) as llm:
+                state, seen = runner(llm).model_state, []
+                judge = state.head.drafts
+                state.head.drafts = lambda *given, judge=judge, seen=seen: seen.append(judge(*given)) or seen[-1]
+                kinds = {type(module).__name__.partition("Of")[0] for module in state.model.modules()}
+                assert ("StackedLinear" if stacked else "GatedLinear") in kinds
+                drafted.append((answers(llm, PROMPTS[:3]), torch.cat([d.drafts.flatten() for d in seen])))
+    (plain, one), (stacked, other) = drafted
+    assert plain == stacked
+    assert torch.equal(one, other)
 
 
 def test_drafts_are_the_local_engines(checkpoint):

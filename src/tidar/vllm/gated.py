@@ -7,6 +7,8 @@ layer is the same object, of a subclass, with two more tensors.
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,10 +16,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.distributed import tensor_model_parallel_all_reduce
-from vllm.model_executor.layers.linear import ColumnParallelLinear, LinearBase, RowParallelLinear
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from tidar.errors import TidarError
+from tidar.kernels.gated import add_gated, add_gated_eager
+from tidar.kernels.launch import available
+
+logger = logging.getLogger(__name__)
+TOLERANCE = 1e-2
+"""Relative error of the kernel that rounding in 16 bits explains."""
 
 
 class GatedLinear:
@@ -34,6 +47,19 @@ class GatedLinear:
         if isinstance(self, RowParallelLinear) and self.tp_size > 1:
             low = tensor_model_parallel_all_reduce(low)
         y = y + F.linear(low * self.gate[: x.shape[-2]], self.lora_b)
+        return (y, *result[1:]) if isinstance(result, tuple) else y
+
+
+class StackedLinear:
+    """Mixin: the same where A lies under the layer's own weight, so that A x is a part of its product."""
+
+    gate: Tensor
+    lora_b: Tensor
+
+    def forward(self, x: Tensor) -> Any:
+        result = super().forward(x)  # type: ignore[misc]
+        product = result[0] if isinstance(result, tuple) else result
+        y = torch.ops.tidar.add_gated(product, self.lora_b, self.gate)
         return (y, *result[1:]) if isinstance(result, tuple) else y
 
 
@@ -66,11 +92,71 @@ def gate_linear(layer: LinearBase, parts: Sequence[tuple[Any, Tensor, Tensor]], 
         parts: (shard, A [rank, in], B [out, rank] with scaling) of each of them; shard is vLLM's name of the part.
         gate: [most tokens, 1].
     """
-    a = [_share_of_a(layer, a) for _, a, _ in parts]
-    b = [_share_of_b(layer, b, shard) for shard, _, b in parts]
-    _become(layer, GatedLinear)
+    a = torch.cat([_share_of_a(layer, a) for _, a, _ in parts]).to(gate)
     # Each part's B fills its own rows only, so side by side they are block-diagonal.
-    _hold(layer, gate=gate, lora_a=torch.cat(a).to(gate), lora_b=torch.cat(b, 1).to(gate))
+    b = torch.cat([_share_of_b(layer, b, shard) for shard, _, b in parts], 1).to(gate)
+    if can_stack(layer, gate.device):
+        _become(layer, StackedLinear)
+        _stack(layer, a)
+        _hold(layer, gate=gate, lora_b=b)
+    else:
+        _become(layer, GatedLinear)
+        _hold(layer, gate=gate, lora_a=a, lora_b=b)
+
+
+def can_stack(layer: LinearBase, device: torch.device) -> bool:
+    """Whether rows can be put under a layer's weight: it is a plain matrix, and our kernel runs here."""
+    plain = isinstance(layer.quant_method, UnquantizedLinearMethod) and layer.weight.ndim == 2
+    alone = getattr(layer, "tp_size", 1) == 1
+    whole = alone or (getattr(layer, "reduce_results", True) and not getattr(layer, "gather_output", False))
+    return plain and whole and not layer.skip_bias_add and kernel_works(device, layer.weight.dtype)
+
+
+@functools.cache
+def kernel_works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `add_gated` runs on a device and gives what its eager twin gives; logged if not."""
+    if not available(device):
+        return False
+    product, b = torch.randn(40, 300 + 32, device=device, dtype=dtype), torch.randn(300, 32, device=device, dtype=dtype)
+    gate = (torch.arange(40, device=device) >= 8).to(dtype)[:, None]
+    try:
+        given, wanted = add_gated(product, b, gate), add_gated_eager(product.double(), b.double(), gate.double())
+        error = float((given.double() - wanted).norm() / wanted.norm())
+    except Exception as failure:  # whatever a compiler may raise: there is another way
+        logger.warning("tidar: the gated LoRA runs without its kernel, which is slower: %s", failure)
+        return False
+    if error > TOLERANCE:
+        logger.warning("tidar: the gated LoRA runs without its kernel, which is off by %.1e", error)
+    return error <= TOLERANCE
+
+
+def _stack(layer: LinearBase, a: Tensor) -> None:
+    """Put A under the weight of a layer; whoever shares the weight goes on with the rows that it had."""
+    old, bias = layer.weight, getattr(layer, "bias", None)
+    whole = torch.cat((old.data, a))
+    old.data = whole[: len(old)]
+    layer.weight = nn.Parameter(whole, requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(torch.cat((bias.data, bias.new_zeros(len(a)))), requires_grad=False)
+
+
+def _add_gated(product: Tensor, b: Tensor, gate: Tensor) -> Tensor:
+    """Over the last two dimensions of product [..., O + R]; `gate` has room for more tokens."""
+    rows = product.reshape(-1, product.shape[-1])
+    add = add_gated if available(product.device) else add_gated_eager
+    return add(rows, b, gate[: len(rows)]).view(*product.shape[:-1], len(b))
+
+
+def _like_added(product: Tensor, b: Tensor, gate: Tensor) -> Tensor:
+    return product.new_empty(*product.shape[:-1], b.shape[0])
+
+
+# To the compiler a single operation: it would not know what to make of the kernel.
+LIBRARY = torch.library.Library("tidar", "FRAGMENT")
+LIBRARY.define("add_gated(Tensor product, Tensor b, Tensor gate) -> Tensor")
+for _key in ("CPU", "CUDA"):
+    LIBRARY.impl("add_gated", _add_gated, _key)
+torch.library.register_fake("tidar::add_gated", _like_added, lib=LIBRARY)
 
 
 def _share_of_a(layer: LinearBase, a: Tensor) -> Tensor:
