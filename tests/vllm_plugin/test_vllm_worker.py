@@ -2,13 +2,17 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("vllm")
 
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
+from tidar.vllm.shapes import Curve
+from tidar.vllm.step import Buffers
 from tidar.vllm.worker import add_uniform
 
 FULL, PIECEWISE = CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE
@@ -49,3 +53,22 @@ def test_every_shape_has_full_graphs():
             assert chosen in made._capture_descs[FULL]
     assert made.dispatch(2, 41, None, 0).cg_mode == PIECEWISE
     assert made.dispatch(2, 48, 24, 0).cg_mode == PIECEWISE
+
+
+def test_prompts_as_long_as_a_steps_slots_are_chains_in_its_graph():
+    """vLLM chooses a graph by its size alone, so a prompt may run through one that was recorded for drafting."""
+    curve = Curve.parse([[4, 4, 1]])  # 8 slots
+    buffers = Buffers(curve, 32, 4, torch.float32, torch.device("cpu"))
+    buffers.seen_by_all = False  # as on a GPU
+
+    def filled(lengths, full_graph):
+        buffers.enter.fill_(-1)
+        batch = SimpleNamespace(num_scheduled_tokens=np.array(lengths), num_reqs=len(lengths), num_tokens=sum(lengths))
+        buffers.fill_plain(batch, full_graph)
+        return buffers.enter[: sum(lengths)].tolist(), buffers.exit[: sum(lengths)].tolist()
+
+    enter, exit_ = filled([8, 8], True)
+    assert enter == [*range(8), *range(8)]
+    assert exit_ == [8] * 16
+    assert filled([8, 8], False)[0] == [-1] * 16  # FlashAttention runs it
+    assert filled([1, 1], True)[0] == [-1] * 2  # the graph of plain decoding

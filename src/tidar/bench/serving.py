@@ -29,6 +29,8 @@ from tidar.prompts import encode_prompt, read_prompts, template_name
 
 MODES = ("ar", "tidar")
 MARK = "RESULT "
+LEAST = 8
+"""Requests of a measurement."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Load:
         prompt, new: tokens of a request. Prompts are random tokens, and answers as long as `new`, whatever they say.
         prompts: a set of prompts instead (its name, its file, how many of the first), through the checkpoint's chat
             template; answers end where the model ends them, and have at most `new` tokens.
-        rounds: how many requests follow each other in each place.
+        rounds: how many requests follow each other in each place; more where that would be fewer than LEAST.
         repeats: measurements of each, after one to warm up; the one with the median rate counts.
         survival: probability that a draft stands, for random weights; None judges drafts as they are.
         draft_length, outcomes, curve: see `vllm.command.Options`.
@@ -75,7 +77,12 @@ def measure(load: Load, modes: Sequence[str] = MODES) -> Iterator[dict[str, Any]
     if load.prompts is not None and load.model in RANDOM:
         raise TidarError("random weights answer nothing: prompts are for a checkpoint")
     said = load.prompts and f"{load.prompts[0]}{':' if load.prompts[2] else ''}{load.prompts[2] or ''}"
-    asked = {**asdict(load), "prompts": said, "model": load.model if load.model in RANDOM else Path(load.model).name}
+    asked = {
+        **asdict(load),
+        "prompts": said,
+        "prompt": load.prompt if said is None else None,
+        "model": load.model if load.model in RANDOM else Path(load.model).name,
+    }
     conditions = machine.conditions(torch.device("cpu"), torch.float32) | {"temperature": 0}
     result: dict[str, Any] = {"conditions": conditions, "load": asked, "rows": []}
     with tempfile.TemporaryDirectory(prefix="tidar-serving-") as scratch:
@@ -119,6 +126,7 @@ def write_random(name: str, folder: Path) -> str:
 
     from tidar.config import TidarConfig
     from tidar.model.drafter import Drafter, DrafterSpec
+    from tidar.vllm.checkpoint import INDEX
 
     kind, sizes = RANDOM[name]
     config = AutoConfig.for_model(kind, **sizes, bos_token_id=None, eos_token_id=None, pad_token_id=None)
@@ -127,6 +135,8 @@ def write_random(name: str, folder: Path) -> str:
         drafter = Drafter(lm, DrafterSpec())
     config.architectures = [type(lm).__name__]
     config.save_pretrained(folder)
+    size = sum(parameter.nbytes for parameter in lm.parameters())  # what the curve depends on
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": {}}))
     drafter = drafter.to_empty(device="cpu")
     for parameter in drafter.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
@@ -207,7 +217,8 @@ def one(
     params = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=texts is None, detokenize=False)
     sent, first, gains = dict[str, float](), dict[str, float](), 0
     ended, tokens = dict[str, float](), dict[str, int]()
-    waiting = [f"{concurrency}-{time.monotonic_ns()}-{number}" for number in range(concurrency * rounds)]
+    count = max(concurrency * rounds, LEAST)
+    waiting = [f"{concurrency}-{time.monotonic_ns()}-{number}" for number in range(count)]
 
     def random_tokens() -> list[int]:
         return [draw.randrange(10, vocabulary - 10) for _ in range(length)]
@@ -233,11 +244,11 @@ def one(
                     send()
     seconds = time.perf_counter() - started
     total = sum(tokens.values())
-    each = [(ended[name] - first[name]) / (count - 1) * 1e3 for name, count in tokens.items() if count > 1]
+    each = [(ended[name] - first[name]) / (n - 1) * 1e3 for name, n in tokens.items() if n > 1]
     return {
         "tokens_per_s": round(total / seconds, 1),
         "ttft_ms": round(statistics.median(first[name] - sent[name] for name in first) * 1e3, 1),
-        "ms_per_token": round(statistics.median(each), 3),
+        "ms_per_token": round(statistics.median(each), 3) if each else None,
         "tokens_per_step": round(total / gains, 3),
         "tokens": total,
     }

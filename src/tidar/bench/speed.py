@@ -14,6 +14,7 @@ import torch
 from tidar.api import TidarModel
 from tidar.bench import machine
 from tidar.bench.shapes import cache_bytes, weight_bytes
+from tidar.decode.runner import captured_at_once
 from tidar.prompts import Prompt, encode_prompt
 
 
@@ -134,7 +135,9 @@ def measure(
     for set_name, batch, label, run in jobs:
         network.learned.clear()  # no run may profit from another's text
         part = sets[set_name][:peer_prompts] if _foreign(label) else sets[set_name]
-        run(part[: max(batch, 2)], batch, new)
+        # On a GPU all prompts, so that prefills of all sizes are captured.
+        with captured_at_once(network):
+            run(part if network.device.type == "cuda" and not _foreign(label) else part[: max(batch, 2)], batch, new)
         runs = [run(part, batch, new) for _ in range(repeats)]
         first = statistics.median(run(part[:batch], batch, 1).seconds for _ in range(repeats))
         middle = sorted(runs, key=lambda run: run.seconds)[(len(runs) - 1) // 2]

@@ -158,8 +158,8 @@ def bench_serve(
     survival: Annotated[
         float | None, typer.Option(help="Probability that a draft stands, with random weights (needed there).")
     ] = None,
-    draft_length: Annotated[int | None, typer.Option(help="K [default: the block size of training].")] = None,
-    outcomes: Annotated[int | None, typer.Option(help="Outcome blocks of a step [default: 4].")] = None,
+    draft_length: Annotated[int | None, typer.Option(help="K, for any number of requests [default: a curve].")] = None,
+    outcomes: Annotated[int | None, typer.Option(help="Outcome blocks of a step, likewise [default: a curve].")] = None,
     curve: o.CurveSteps = None,
     tensor_parallel: Annotated[int, typer.Option(help="GPUs.")] = 1,
     out: Out = Path("serve"),
@@ -196,7 +196,8 @@ def bench_serve(
     result = _kept(serving.measure(load), out)
     table = Table("requests", "", "tokens/s", "first ms", "ms/token", "tokens/step", title=model)
     for row in sorted(result["rows"], key=lambda row: row["concurrency"]):
-        times = (f"{row['tokens_per_s']:,.0f}", f"{row['ttft_ms']:.0f}", f"{row['ms_per_token']:.2f}")
+        each = "" if row["ms_per_token"] is None else f"{row['ms_per_token']:.2f}"
+        times = (f"{row['tokens_per_s']:,.0f}", f"{row['ttft_ms']:.0f}", each)
         numbers = (*times, f"{row['tokens_per_step']:.2f}")
         table.add_row(str(row["concurrency"]), row["mode"], *numbers)
     Console().print(table)

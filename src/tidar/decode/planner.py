@@ -188,8 +188,8 @@ class Learned:
     def __init__(self, draft_length: int) -> None:
         self.acceptance = Acceptance(draft_length)
         self.pauses = defaultdict[int, Pause](Pause)  # by batch size
-        # By whether forwards are captured, and by batch size; see `Costs.of`.
-        self.costs = defaultdict[bool, dict[int, list[tuple[Plan, float]]]](dict)
+        # By whether forwards are captured and how many threads there are; then by batch size, see `Costs.of`.
+        self.costs = defaultdict[tuple[bool, int], dict[int, list[tuple[Plan, float]]]](dict)
 
 
 class AutoPlanner:
@@ -225,7 +225,11 @@ class AutoPlanner:
         self.learned = kept.setdefault(key, Learned(self.longest.draft_length))
         self.acceptance.relax()
         self.captures = runner.captures
-        known = self.learned.costs[self.captures]  # to look them up takes as long as several forwards of a small model
+        if self.remeasure:
+            for learned in kept.values():
+                learned.costs.clear()
+        # To look them up in the file takes as long as several forwards of a small model.
+        known = self.learned.costs[self.captures, torch.get_num_threads()]
         if self.remeasure or power_of_two(rows) not in known:
             known |= self._measure(Costs(runner, self.remeasure), rows)
         self.costs = {

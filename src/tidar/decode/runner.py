@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple, Protocol
 
@@ -177,6 +178,7 @@ class GraphRunner(Runner):
     def __init__(self, network: Network) -> None:
         super().__init__(network)
         self.graphs: OrderedDict[tuple, Captured] = OrderedDict()
+        self.prefill_uses = PREFILL_USES
         self.met = Counter[tuple]()  # prefills by size, until they are captured
         self.pool = torch.cuda.graph_pool_handle()
         self.weights = sum(p.numel() for p in network.lm.parameters())
@@ -244,11 +246,12 @@ class GraphRunner(Runner):
     def _admit(self, prompts: list[list[int]], rows: list[int], places: list[int], plan: Plan, width: int) -> Pending:
         """One graph's share: prompts padded to `width`."""
         key = (plan.key, "prefill", len(prompts), width)
-        if key not in self.graphs and self.met[key] < PREFILL_USES:
-            if len(self.met) >= MOST_GRAPHS:
+        if key not in self.graphs and self.met[key] < self.prefill_uses:
+            if len(self.met) > MOST_GRAPHS:
                 self.met.clear()
             self.met[key] += 1
             return super().admit(prompts, rows, places, plan).pieces[0]
+        self.met.pop(key, None)
         packed = pack_prompts(prompts, rows, plan.params.seed, width)
         inputs = torch.cat((packed, torch.tensor(places)[:, None]), 1)
         captured = self._captured(key, lambda: self._capture_admission(plan, inputs))
@@ -356,6 +359,20 @@ def runner_for(network: Network) -> Runner:
     if not isinstance(network.runner, GraphRunner):
         network.runner = GraphRunner(network)
     return GraphRunner(network) if network.runner.busy else network.runner
+
+
+@contextmanager
+def captured_at_once(network: Network) -> Iterator[None]:
+    """Meanwhile every size of a prefill is captured when it first comes: what is timed after that need not be."""
+    runner = runner_for(network)
+    if not isinstance(runner, GraphRunner):
+        yield
+        return
+    uses, runner.prefill_uses = runner.prefill_uses, 0
+    try:
+        yield
+    finally:
+        runner.prefill_uses = uses
 
 
 def prepare_fused(network: Network) -> None:

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from tidar.kernels.launch import tl, triton
 
-TOKENS, COLUMNS = 16, 128
-"""Tile of the output."""
+TOKENS, COLUMNS, RANKS = 16, 128, 64
+"""Tile of the output, and how much of the rank is multiplied at a time."""
 
 
 def add_gated_eager(product: Tensor, b: Tensor, gate: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def add_gated(product: Tensor, b: Tensor, gate: Tensor) -> Tensor:
             product.stride(0),
             gate.stride(0),
             RANK=rank,
-            RP=max(16, triton.next_power_of_2(rank)),
+            RANKS=min(RANKS, max(16, triton.next_power_of_2(rank))),
             TOKENS=TOKENS,
             COLUMNS=COLUMNS,
             num_warps=4,
@@ -52,13 +52,12 @@ if triton is not None:
         stride,
         gate_stride,
         RANK: tl.constexpr,
-        RP: tl.constexpr,
+        RANKS: tl.constexpr,
         TOKENS: tl.constexpr,
         COLUMNS: tl.constexpr,
     ):
         token = tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
         column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-        r = tl.arange(0, RP)
         known = token < tokens
         inside = known[:, None] & (column < width)[None, :]
         kind = out.dtype.element_ty
@@ -67,9 +66,11 @@ if triton is not None:
         opened = tl.load(gate + token * gate_stride, mask=known, other=0.0)
         # A prompt's tiles have nothing but closed gates.
         if tl.max(opened.to(tl.float32)) > 0:
-            low = tl.load(row + width + r[None, :], mask=known[:, None] & (r < RANK)[None, :], other=0.0)
-            low = (low * opened[:, None]).to(kind)
-            at_b = b + column[None, :] * RANK + r[:, None]
-            weight = tl.load(at_b, mask=(column < width)[None, :] & (r < RANK)[:, None], other=0.0)
-            y = tl.dot(low, weight, y, input_precision="ieee")
+            for start in range(0, RANK, RANKS):
+                r = start + tl.arange(0, RANKS)
+                low = tl.load(row + width + r[None, :], mask=known[:, None] & (r < RANK)[None, :], other=0.0)
+                low = (low * opened[:, None]).to(kind)
+                at_b = b + column[None, :] * RANK + r[:, None]
+                weight = tl.load(at_b, mask=(column < width)[None, :] & (r < RANK)[:, None], other=0.0)
+                y = tl.dot(low, weight, y, input_precision="ieee")
         tl.store(out + token[:, None] * width + column[None, :], y.to(kind), mask=inside)

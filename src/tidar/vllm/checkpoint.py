@@ -14,6 +14,7 @@ from tidar.model.drafter import StoredDrafter, read_drafter_config
 NATIVE = {name: f"Tidar{name}" for name in ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")}
 """Architectures that run in vLLM's own model classes; all others run through its Transformers backend."""
 GENERAL = "TidarForCausalLM"
+INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,11 @@ class Checkpoint:
 
     @property
     def weight_bytes(self) -> int | None:
-        """Bytes of the base's weights; None where the folder has none, as for random ones."""
-        return sum(file.stat().st_size for file in self.folder.glob("*.safetensors")) or None
+        """Bytes of the base's weights, by their index if there is one; None where the folder has neither."""
+        try:
+            return int(json.loads((self.folder / INDEX).read_text())["metadata"]["total_size"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return sum(file.stat().st_size for file in self.folder.glob("*.safetensors")) or None
 
     @property
     def mask_token(self) -> int | None:

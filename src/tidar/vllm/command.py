@@ -68,7 +68,7 @@ def engine_options(folder: str, options: Options | None = None) -> dict[str, Any
         "diffusion_config": {"canvas_length": curve.longest.slots - 1},
         "scheduler_cls": f"tidar.vllm.scheduler.{'AsyncTidarScheduler' if cuda else 'TidarScheduler'}",
         "async_scheduling": cuda,
-        "additional_config": {"tidar": {"curve": curve.entries}},
+        "additional_config": {"tidar": {"curve": curve.entries, **_adapter(checkpoint)}},
         **({"attention_backend": "CUSTOM", "worker_cls": "tidar.vllm.worker.TidarWorker"} if cuda else {}),
         **seats,
     }
@@ -124,6 +124,14 @@ def _curve(checkpoint: Checkpoint, options: Options) -> Curve:
     if curve.most_drafts > length and options.draft_length is None and options.curve is None:
         raise TidarError(f"drafts of {curve.most_drafts} tokens are longer than the blocks of training, {length}")
     return curve
+
+
+def _adapter(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What vLLM's cache of compiled layers has to know of the drafter: layers of another rank are other code."""
+    if checkpoint.drafter is None:
+        return {}
+    spec = checkpoint.drafter.spec
+    return {"adapter": f"rank {spec.rank} on {sorted(spec.target_modules or ['all linear layers'])}"}
 
 
 def _shapes(length: int) -> list[Shape]:

@@ -33,14 +33,16 @@ class Gains(NamedTuple):
 
 
 class Metrics:
-    def __init__(self, curve: Curve) -> None:
-        self.most = curve.most_drafts
+    def __init__(self, curve: Curve, counts: bool = True) -> None:
+        self.most, self.counts = curve.most_drafts, counts  # one of several GPUs counts, as all see the same
         self.steps = list[tuple[Tensor, Tensor]]()
         self.copied: tuple[Gains, torch.cuda.Event | None] | None = None
         self.read = time.monotonic()
 
     def record(self, shape: Shape, result: Tensor, anchors: Tensor) -> None:
         """A step's result [R, 3 + K] (see `kernels.judge.Decision`) and the anchors [R or 1, B] of its blocks."""
+        if not self.counts:
+            return
         # Now: the next step's anchors may lie where these do.
         hit = (anchors == result[:, :1] - 1).any(1) if shape.outcomes < shape.draft_length else result[:, 0] > 0
         self.steps.append((result[:, :2], hit))

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tidar.vllm.shapes import MOST_TOKENS
+
 logger = logging.getLogger(__name__)
 Results = tuple[Tensor, ...]
 
@@ -40,7 +42,12 @@ class Replay:
             self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
     def __call__(
-        self, key: Hashable, function: Callable[..., Results], *inputs: Tensor, fixed: tuple[Tensor, ...] = ()
+        self,
+        key: Hashable,
+        function: Callable[..., Results],
+        *inputs: Tensor,
+        tokens: int,
+        fixed: tuple[Tensor, ...] = (),
     ) -> Results:
         """`function(*inputs)`; what it gives holds until the next call with the same key.
 
@@ -48,11 +55,12 @@ class Replay:
             key: says everything about the call that is not in tensors, and the tensors' shapes.
             function: may change tensors that outlive it, and must not ask the device anything.
             inputs: new in every call.
+            tokens: of the step. Beyond MOST_TOKENS nothing is recorded: launches matter less there, memory more.
             fixed: what else the function reads or writes in its batch, by views that may move between calls.
         """
         addresses = tuple(tensor.data_ptr() for tensor in fixed)
         held = self.recorded.get(key)
-        if not self.enabled or (held is not None and held.fixed != addresses):
+        if not self.enabled or tokens > MOST_TOKENS or (held is not None and held.fixed != addresses):
             return function(*inputs)
         if held is None:
             if key not in self.seen:
@@ -71,9 +79,10 @@ class Replay:
         self, function: Callable[..., Results], inputs: tuple[Tensor, ...], addresses: tuple[int, ...]
     ) -> Recorded | None:
         """None if it cannot be recorded, which is logged; then nothing is recorded any more."""
-        graph, places, own = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in inputs], torch.cuda.current_stream()
-        self.stream.wait_stream(own)
+        graph, own = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
+            places = [tensor.clone() for tensor in inputs]
+            self.stream.wait_stream(own)
             with torch.cuda.stream(self.stream):
                 # Other threads copy results to the host meanwhile.
                 graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
@@ -33,7 +34,7 @@ ONE_PASS = 288
 class TidarSampler:
     def __init__(self, base: Any, state: TidarModelState) -> None:
         self.base, self.state = base, state
-        self.metrics = Metrics(state.curve)
+        self.metrics = Metrics(state.curve, get_tensor_model_parallel_rank() == 0)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["base"], name)
@@ -70,7 +71,7 @@ class TidarSampler:
             return decide(logits.argmax(-1).view(rows, -1), None, facts, shape.draft_length)
 
         given = states.view(rows, shape.slots, -1), step.slots, step.tokens, step.anchors
-        return self.state.replay(("verdict", shape, rows), judge, *given)[0].clone()
+        return self.state.replay(("verdict", shape, rows), judge, *given, tokens=rows * shape.slots)[0].clone()
 
     def _judge_processed(self, states: Tensor, logits: Tensor | None, step: Step, batch: Any) -> Tensor:
         """The same for any requests, by logits as vLLM's sampler would draw from them."""

@@ -30,6 +30,7 @@ class TidarScheduler(Scheduler):
         self.curve = curve_of(self.vllm_config)
         # vLLM would pad requests of one new token to this many placeholders, whether or not they may draft.
         self.num_spec_tokens = 0
+        self.admits = True  # whether waiting requests may join the next step: none did last time, if not
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         shape = self.curve.at(min(len(self.running) + len(self.waiting), self.max_num_running_reqs))
@@ -42,11 +43,13 @@ class TidarScheduler(Scheduler):
             drafts = shape.drafting and known == 1 and shape.slots <= room and wants_drafts(request)
             request.spec_token_ids = [-1] * (shape.slots - 1) if drafts else []
             budget -= shape.slots if drafts else max(known, 0)
-        return super().schedule(*args, **kwargs)
+        output = super().schedule(*args, **kwargs)
+        self.admits = bool(output.scheduled_new_reqs) or not self.waiting
+        return output
 
     def _prompt_tokens(self) -> int:
-        """How many tokens of prompts the next step may hold."""
-        seats = self.max_num_running_reqs - len(self.running)
+        """How many tokens of prompts the next step may hold, cached ones included."""
+        seats = self.max_num_running_reqs - len(self.running) if self.admits else 0
         begun = (known for known in map(_to_compute, self.running) if known > 1)
         return sum(begun) + sum(request.num_tokens for request in islice(self.waiting, seats))
 

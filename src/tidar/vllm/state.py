@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from tidar.errors import TidarError
@@ -63,18 +64,21 @@ class TidarModelState(DefaultModelState):
         self.drafts.count[req_index] = 1  # nothing is drafted yet
         self.untouched[req_index] = takes_the_best(new_req_data.sampling_params)
 
-    def prepare_attn(self, input_batch: Any, *args: Any, for_capture: bool = False, **kwargs: Any) -> dict[str, Any]:
-        metadata = super().prepare_attn(input_batch, *args, for_capture=for_capture, **kwargs)
-        visibility = self._capture(input_batch) if for_capture else self._prepare(input_batch)
+    def prepare_attn(
+        self, input_batch: Any, cudagraph_mode: CUDAGraphMode, *args: Any, for_capture: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        metadata = super().prepare_attn(input_batch, cudagraph_mode, *args, for_capture=for_capture, **kwargs)
+        full = cudagraph_mode == CUDAGraphMode.FULL
+        visibility = self._capture(input_batch) if for_capture else self._prepare(input_batch, full)
         for layer in metadata.values():
             layer.tidar = visibility
         return metadata
 
-    def _prepare(self, batch: Any) -> Visibility:
+    def _prepare(self, batch: Any, full_graph: bool) -> Visibility:
         shape, rows = find_rows(batch, self.curve)
         if len(rows) < batch.num_reqs:
             self.buffers.positions[: batch.num_tokens] = batch.positions[: batch.num_tokens]
-            self.buffers.fill_plain(batch)
+            self.buffers.fill_plain(batch, full_graph)
         self.step, self.model.running = None, "drafting" if len(rows) else "plain"
         if not len(rows):
             return self.buffers.visibility(None, 0, 0)

@@ -88,20 +88,27 @@ class Buffers:
         self.exit = torch.ones(most_tokens, dtype=torch.int32, device=device)
         self.requests = torch.arange(most_requests, dtype=torch.int32, device=device)
         self.gated = False
+        # On a GPU our attention runs requests that draft, and no others.
+        self.seen_by_all = device.type == "cpu"
 
     def visibility(self, requests: Tensor | None, count: int, slots: int) -> Visibility:
         """`requests` None: the first `count`, which is all."""
         chosen = self.requests[:count] if requests is None else requests
         return Visibility(self.enter, self.exit, chosen, slots, requests is None)
 
-    def fill_plain(self, batch: Any) -> None:
-        """Every request is a chain, as in plain decoding; what drafts is filled in over it."""
+    def fill_plain(self, batch: Any, full_graph: bool) -> None:
+        """Every request is a chain, as in plain decoding; what drafts is filled in over it.
+
+        `full_graph`: whether a recorded forward is replayed. It may be one in which all requests draft, also for
+        prompts that happen to have as many tokens as a step has slots.
+        """
         if self.gated:
             self.gate.zero_()
             self.gated = False
-        if self.enter.is_cpu:  # elsewhere our attention runs requests that draft, and no others
-            enter, exit_ = chains(batch.num_scheduled_tokens[: batch.num_reqs].tolist())
-            self.enter[: len(enter)], self.exit[: len(exit_)] = enter, exit_
+        if self.seen_by_all or (full_graph and batch.num_tokens > batch.num_reqs):
+            bounds = chains(batch.num_scheduled_tokens[: batch.num_reqs].tolist())
+            enter, exit_ = (sent(bound.numpy(), self.enter.device) for bound in bounds)
+            self.enter[: len(enter)], self.exit[: len(exit_)] = enter.int(), exit_.int()
 
     def fill_step(self, input_ids: Tensor, starts: Tensor, tokens: Tensor, layout: Layout, last_position: int) -> None:
         """A drafting step's token ids, positions, gate and visibility; `tokens` [R, N] are drafts and masks."""
@@ -156,9 +163,9 @@ class StepMaker:
         if count == batch.num_reqs:
             read = batch.input_ids, batch.positions, batch.query_start_loc
             fill = partial(self._fill, batch, shape, None)
-            return Step(
-                shape, rows, None, *self.replay(("inputs", shape, count), fill, batch.idx_mapping[:count], fixed=read)
-            )
+            given, size = batch.idx_mapping[:count], count * shape.slots
+            made = self.replay(("inputs", shape, count), fill, given, tokens=size, fixed=read)
+            return Step(shape, rows, None, *made)
         index = sent(rows, batch.input_ids.device)
         return Step(shape, rows, index, *self._fill(batch, shape, index, batch.idx_mapping[index]))
 
