@@ -23,6 +23,7 @@ from tidar.vllm.shapes import Curve
 app = typer.Typer(help="Measure this machine.", no_args_is_help=True, rich_markup_mode=None)
 
 Out = Annotated[Path, typer.Option(help="Where to write: OUT.json and OUT.png.")]
+OutJson = Annotated[Path, typer.Option(help="Where to write: OUT.json.")]
 TOKENS = [1, 2, 4, 8, 16, 24, 32, 48, 64, 72, 96, 112, 128, 160, 192, 256, 272, 320, 512]
 
 
@@ -111,7 +112,7 @@ def bench_train(
     block_size: Annotated[int, typer.Option(help="K, tokens in a mask block.")] = 8,
     anchors: Annotated[int, typer.Option(help="Mask blocks a row; 0 for sequence length / block size.")] = 0,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Run each layer twice to save memory.")] = False,
-    out: Out = Path("train"),
+    out: OutJson = Path("train"),
     device: o.Device = None,
 ) -> None:
     """Measure training on random rows: tokens/s, MFU and memory, objective beside objective."""
@@ -162,7 +163,7 @@ def bench_serve(
     outcomes: Annotated[int | None, typer.Option(help="Outcome blocks of a step, likewise [default: a curve].")] = None,
     curve: o.CurveSteps = None,
     tensor_parallel: Annotated[int, typer.Option(help="GPUs.")] = 1,
-    out: Out = Path("serve"),
+    out: OutJson = Path("serve"),
 ) -> None:
     """Measure vLLM with and without the plug-in, in one run."""
     o.check_counts(prompt=prompt, max_new_tokens=max_new_tokens, rounds=rounds, tensor_parallel=tensor_parallel)
