@@ -230,6 +230,17 @@ def test_what_cannot_pay_is_not_measured_for_larger_batches(monkeypatch):
     assert asked[8] == {shape for shape in SHAPES if shape[0] != 8}
 
 
+def test_costs_are_looked_up_once(monkeypatch):
+    made, network = [], tiny_network("llama")
+    monkeypatch.setattr(Costs, "of", lambda self, plans, rows: made.append(rows) or [(plan, 1.0) for plan in plans])
+    for rows, remeasure, expected in ((2, False, [1, 2]), (1, False, []), (4, False, [1, 2, 4]), (1, True, [1])):
+        made.clear()
+        planner = AutoPlanner(SamplingParams(seed=rows), remeasure)
+        planner.prepare(Runner(network), rows)
+        assert made == expected
+        assert all(plan.params.seed == rows for plan, _ in planner.costs[1])
+
+
 def test_the_next_run_begins_with_what_was_learned():
     network = tiny_network("llama")
     first, second = AutoPlanner(SamplingParams(seed=1)), AutoPlanner(SamplingParams(seed=2))

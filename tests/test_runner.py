@@ -277,3 +277,16 @@ def test_sizes_of_prefills_that_are_rare_run_eagerly(monkeypatch):
     assert captured == [0, 0, 1, 1]
     runner.admit(PROMPTS[:2], [0, 1], [0, 1], plan)  # another size
     assert len(runner.graphs) == 1
+
+
+def test_a_benchmark_captures_every_size_at_once(monkeypatch):
+    monkeypatch.setattr(module, "PREFILL_USES", 5)
+    network = tiny_network("llama")
+    runner = Replayed(network)
+    monkeypatch.setattr(module, "runner_for", lambda network: runner)
+    runner.prepare(2, CONTEXT, Plan(4))
+    with module.captured_at_once(network):
+        runner.admit(PROMPTS[:1], [0], [0], Plan(4))
+    assert len(runner.graphs) == 1
+    runner.admit(PROMPTS[:2], [0, 1], [0, 1], Plan(4))
+    assert len(runner.graphs) == 1

@@ -4,7 +4,7 @@ import random
 
 import pytest
 from cases import EDGE, PROCESSED, PROMPTS, TIDAR, count, oracle
-from engines import Rerun, answers, core, engine, free_blocks, runner
+from engines import GREEDY, Rerun, answers, core, engine, free_blocks, runner
 from vllm import SamplingParams
 
 from tidar.vllm import metrics
@@ -59,6 +59,33 @@ def test_processed_logits(served, plain):
 def test_context_edge(served, plain):
     assert answers(served, EDGE, 100) == plain["edge"]
     assert [len(answer) for answer in plain["edge"]] == [1, 2, 5, 12, 30]
+
+
+@pytest.mark.parametrize("long", [1, 10_000])
+def test_drafting_beside_prompts(served, plain, monkeypatch, long):
+    """A request joins every fourth step; beside long prompts nothing drafts, beside short ones it does."""
+    monkeypatch.setattr("tidar.vllm.scheduler.LONG_PROMPTS", long)
+    state, engine, beside, got = runner(served).model_state, served.llm_engine, [], {}
+    prepare = state.prepare_inputs
+
+    def prepare_inputs(batch, states):
+        if batch.is_prefilling_np.any() and batch.num_reqs > 1:
+            beside.append(state.step is not None)
+        return prepare(batch, states)
+
+    monkeypatch.setattr(state, "prepare_inputs", prepare_inputs)
+    asked, waiting, steps = SamplingParams(max_tokens=60, **GREEDY), list(range(4)), 0
+    while waiting or engine.has_unfinished_requests():
+        if waiting and steps % 4 == 0:
+            row = waiting.pop(0)
+            engine.add_request(f"beside-{long}-{row}", {"prompt_token_ids": PROMPTS[row]}, asked)
+        for output in engine.step():
+            if output.finished:
+                got[int(output.request_id[-1])] = list(output.outputs[0].token_ids)
+        steps += 1
+    assert [got[row] for row in range(4)] == plain["greedy"][:4]
+    assert beside
+    assert all(drafted == (long > 1) for drafted in beside)
 
 
 def test_switch_and_plain_neighbours(served, plain):

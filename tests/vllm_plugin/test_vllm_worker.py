@@ -11,7 +11,6 @@ pytest.importorskip("vllm")
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
-from tidar.vllm.shapes import Curve
 from tidar.vllm.step import Buffers
 from tidar.vllm.worker import add_uniform
 
@@ -57,8 +56,7 @@ def test_every_shape_has_full_graphs():
 
 def test_prompts_as_long_as_a_steps_slots_are_chains_in_its_graph():
     """vLLM chooses a graph by its size alone, so a prompt may run through one that was recorded for drafting."""
-    curve = Curve.parse([[4, 4, 1]])  # 8 slots
-    buffers = Buffers(curve, 32, 4, torch.float32, torch.device("cpu"))
+    buffers = Buffers(32, 4, torch.float32, torch.device("cpu"))
     buffers.seen_by_all = False  # as on a GPU
 
     def filled(lengths, full_graph):

@@ -40,8 +40,8 @@ PREFILL_WORK = 2e13
 """Floating-point operations of prompts that are not worth a graph: their products take as long as their launches."""
 
 PREFILL_USES = 8
-"""Prefills of a size that run eagerly before it is captured: a capture costs some 60 ms, a replay saves a tenth of
-that, and rows that end one by one come in many sizes."""
+"""Prefills of a size that run eagerly before it is captured, which costs as much as several (how many is a guess): rows
+that end one by one come in many sizes."""
 
 
 class Pending:

@@ -110,20 +110,15 @@ def environment(options: Options | None = None) -> dict[str, str]:
 
 
 def _curve(checkpoint: Checkpoint, options: Options) -> Curve:
-    length = options.draft_length or checkpoint.tidar.block_size
-    outcomes = min(options.outcomes or OUTCOMES, length)
     if options.curve is not None:
-        curve = Curve.parse(options.curve)
-    elif options.draft_length or options.outcomes:
-        curve = Curve(((1 << 30, Shape(length, outcomes)),))
-    else:
-        found = choose_curve(_shapes(length), options.max_num_seqs or 256, weights=checkpoint.weight_bytes)
-        if found is None:
-            raise TidarError("drafting does not pay at this block size: use --mode ar, or name a draft length")
-        curve = found
-    if curve.most_drafts > length and options.draft_length is None and options.curve is None:
-        raise TidarError(f"drafts of {curve.most_drafts} tokens are longer than the blocks of training, {length}")
-    return curve
+        return Curve.parse(options.curve)
+    length = options.draft_length or checkpoint.tidar.block_size
+    if options.draft_length or options.outcomes:
+        return Curve(((1 << 30, Shape(length, min(options.outcomes or OUTCOMES, length))),))
+    found = choose_curve(_shapes(length), options.max_num_seqs or 256, weights=checkpoint.weight_bytes)
+    if found is None:
+        raise TidarError("drafting does not pay at this block size: use --mode ar, or name a draft length")
+    return found
 
 
 def _adapter(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from tidar.vllm.settings import curve_of, wants_drafts
 from tidar.vllm.shapes import PLAIN
 
 LONG_PROMPTS = 2048
-"""Steps with so many tokens of prompts do not draft: a drafting step runs the adapter over all of its tokens, which
-costs more there than the drafts of one step are worth."""
+"""Steps with so many tokens of prompts do not draft: a drafting step runs the adapter over all of its tokens, which by
+estimate costs more there than the drafts of one step are worth."""
 
 
 class TidarScheduler(Scheduler):

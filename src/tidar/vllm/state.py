@@ -40,7 +40,7 @@ class TidarModelState(DefaultModelState):
         super().__init__(vllm_config, model, encoder_cache, device)
         self.checkpoint = Checkpoint.read(vllm_config.model_config.model)
         self.curve = curve_of(vllm_config)
-        self.buffers = Buffers(self.curve, self.max_num_tokens, self.max_num_reqs, self.dtype, device)
+        self.buffers = Buffers(self.max_num_tokens, self.max_num_reqs, self.dtype, device)
         self.drafts = Drafts.empty(self.max_num_reqs, self.curve.most_drafts, device)
         self.untouched = np.zeros(self.max_num_reqs, dtype=bool)
         alone = vllm_config.parallel_config.tensor_parallel_size == 1

@@ -80,8 +80,7 @@ class Buffers:
     gate [most tokens, 1] in the model's dtype, 1 at masks; positions [most tokens] int64; enter, exit: see Visibility.
     """
 
-    def __init__(self, curve: Curve, most_tokens: int, most_requests: int, dtype: torch.dtype, device: torch.device):
-        self.curve = curve
+    def __init__(self, most_tokens: int, most_requests: int, dtype: torch.dtype, device: torch.device):
         self.gate = torch.zeros(most_tokens, 1, dtype=dtype, device=device)
         self.positions = torch.zeros(most_tokens, dtype=torch.long, device=device)
         self.enter = torch.zeros(most_tokens, dtype=torch.int32, device=device)
