@@ -30,7 +30,7 @@ TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num
         "num_key_value_heads": 2, "vocab_size": 99, "max_position_embeddings": 256}  # fmt: skip
 shapes.RANDOM["random:tiny"] = ("llama", TINY)
 STEPS, ROWS = 4, 16
-WAYS = {"one": 1, "ddp": 2, "ddp without DDPOptimizer": 2, "fsdp": 2}
+WAYS = {"one": 1, "ddp": 2, "ddp with DDPOptimizer": 2, "fsdp": 2}
 MOST = {"cpu": 1e-4, "cuda": 2e-2}
 """Relative error of the whole gradient that another order of sums explains, in float32 and in bfloat16."""
 
@@ -68,9 +68,9 @@ class Gradients(TrainerCallback):
 
 def train(way: str, objective: str, out: Path, cpu: bool) -> None:
     """One way, in one of its processes."""
-    if "without" in way:
-        torch._dynamo.config.optimize_ddp = False
     launched = join_processes("cpu" if cpu else None)
+    if "with" in way:
+        torch._dynamo.config.optimize_ddp = True  # PyTorch's default, which `tidar train` turns off
     torch.set_num_threads(1)
     set_seed(0)
     device = "cpu" if cpu else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
