@@ -24,6 +24,7 @@ from tidar.decode.planner import (
     PRIOR_WEIGHT,
     SHAPES,
     SHAPES_CUDA,
+    STAGGER,
     Acceptance,
     AutoPlanner,
     expected_tokens,
@@ -182,6 +183,14 @@ def test_looks_lose_no_more_than_their_share():
     plans = [planner.choose(1) for _ in range(20_000)]
     drafting = sum(plan.drafting for plan in plans)
     assert 0 < 3 * drafting < 1.01 * LOOK_SHARE * len(plans)  # each gains one token and costs four forwards
+
+
+def test_looks_of_a_batch_pay_for_leaving_its_rows_staggered():
+    planner = planner_with({(1, 0): 1.0, (8, 8): 1.2})
+    planner.costs[16] = planner.costs[1]
+    planner.acceptance.stood = [0.0] * 15
+    lost = LOOK * 1.2 - LOOK + STAGGER  # a draft that falls leaves one token
+    assert looks([planner.choose(16) for _ in range(3000)])[0] == (False, math.ceil(lost / LOOK_SHARE))
 
 
 def test_where_no_drafting_can_pay_there_are_no_looks(monkeypatch):

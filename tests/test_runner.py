@@ -279,6 +279,44 @@ def test_sizes_of_prefills_that_are_rare_run_eagerly(monkeypatch):
     assert len(runner.graphs) == 1
 
 
+@settings(max_examples=15)
+@given(st.data())
+def test_prefills_of_rare_sizes_run_by_graphs_of_others(data):
+    """Tokens and places are those of the eager runner, whatever graphs there are to choose from."""
+    network, plan = network_of("llama"), data.draw(st.sampled_from([Plan(1), Plan(4)]))
+    mine, eager = Replayed(network), module.Runner(network)
+    for runner in (mine, eager):
+        runner.prepare(8, 4 * CONTEXT, plan)
+    mine.prefill_uses = 0
+    for rows in data.draw(st.lists(st.integers(1, 4), max_size=3)):
+        mine.admit([PROMPTS[2] * data.draw(st.integers(1, 6))] * rows, list(range(rows)), list(range(rows)), plan)
+    mine.prefill_uses, known = 3, dict(mine.graphs)
+    rows = data.draw(st.integers(1, 8))
+    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(rows)]
+    places = data.draw(st.permutations(range(8)))[:rows]
+    ids = list(range(rows))
+    assert mine.admit(prompts, ids, places, plan).tokens() == eager.admit(prompts, ids, places, plan).tokens()
+    assert mine.graphs.keys() == known.keys()
+    for place in places:
+        one, other = ([t[place] for t in runner.state.tensors()] for runner in (mine, eager))
+        for a, b in zip(one, other, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_a_size_that_others_stand_in_for_is_captured_later(monkeypatch):
+    monkeypatch.setattr(module, "STAND_IN_USES", 2)
+    runner, plan = Replayed(network_of("llama")), Plan(1)
+    runner.prepare(4, CONTEXT, plan)
+    runner.admit(PROMPTS[:1], [0], [0], plan)  # captured at once
+    runner.prefill_uses, replays = 3, []
+    monkeypatch.setattr(runner, "_admit", lambda *args, own=runner._admit: replays.append(args[4][1:]) or own(*args))
+    slots = module.bucket(max(map(len, PROMPTS[:2])))
+    for _ in range(7):
+        said = runner.admit(PROMPTS[:2], [0, 1], [1, 0], plan).tokens()
+        assert said == [continuations("llama")[row][0] for row in (0, 1)]
+    assert replays == [(1, slots)] * 12 + [(2, slots)]
+
+
 def test_a_benchmark_captures_every_size_at_once(monkeypatch):
     monkeypatch.setattr(module, "PREFILL_USES", 5)
     network = tiny_network("llama")

@@ -1,5 +1,6 @@
 """Servers of their own: small chunks of prompts, sampling, other models, the local engine beside it."""
 
+import os
 from collections import Counter
 
 import pytest
@@ -97,6 +98,19 @@ def test_stacked_adapters_draft_the_same(tmp_path, monkeypatch, arch):
     (plain, one), (stacked, other) = drafted
     assert plain == stacked
     assert torch.equal(one, other)
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="each rank needs a core of its own")
+def test_two_ranks_say_what_one_says(tmp_path, monkeypatch):
+    folder, said = tiny_checkpoint(tmp_path, "qwen3"), list[tuple[list[list[int]], list[list[int]]]]()
+    for ranks in (1, 2):
+        cores = sorted(os.sched_getaffinity(0))[:ranks]
+        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, cores)))
+        with engine(folder, TIDAR, tensor_parallel_size=ranks) as llm:
+            plain = answers(llm, PROMPTS[:3], 24, extra_args={"tidar": False})
+            said.append((answers(llm, PROMPTS[:3], 24), plain))
+    assert said[0] == said[1]
+    assert said[0][0] == said[0][1]
 
 
 def test_drafts_are_the_local_engines(checkpoint):

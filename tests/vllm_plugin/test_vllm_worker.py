@@ -11,7 +11,8 @@ pytest.importorskip("vllm")
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
-from tidar.vllm.step import Buffers
+from tidar.vllm.sampler import TidarSampler
+from tidar.vllm.step import Buffers, Drafts
 from tidar.vllm.worker import add_uniform
 
 FULL, PIECEWISE = CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE
@@ -70,3 +71,15 @@ def test_prompts_as_long_as_a_steps_slots_are_chains_in_its_graph():
     assert exit_ == [8] * 16
     assert filled([8, 8], False)[0] == [-1] * 16  # FlashAttention runs it
     assert filled([1, 1], True)[0] == [-1] * 2  # the graph of plain decoding
+
+
+def test_who_decodes_plainly_has_nothing_to_judge_next():
+    drafts = Drafts.empty(6, 4, torch.device("cpu"))
+    drafts.count[:] = 4
+    drafted = np.array([True, True, True, False, True, False])
+    made = object.__new__(TidarSampler)
+    vars(made).update(state=SimpleNamespace(drafts=drafts, drafted=drafted))
+    batch = SimpleNamespace(idx_mapping_np=np.array([4, 3, 0, 1]))
+    made._forget(batch, np.array([0, 1, 3]))
+    assert drafts.count.tolist() == [4, 1, 4, 4, 1, 4]  # 3 was not known to have any
+    assert drafted.tolist() == [True, False, True, False, False, False]

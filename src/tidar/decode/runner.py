@@ -42,6 +42,11 @@ PREFILL_WORK = 2e13
 PREFILL_USES = 8
 """Prefills of a size that run eagerly before it is captured, which costs as much as several (how many is a guess): rows
 that end one by one come in many sizes."""
+STAND_INS = ((2, 1), (1, 2), (4, 1), (2, 2), (1, 4))
+STAND_IN_USES = 8
+"""Captured prefills of other sizes that take the place of an eager one: (how many of them, how many times as wide). A
+size waits STAND_IN_USES times longer for its own graph then. An eager prefill of 135M parameters takes 25 to 40 ms on
+an H100, whatever its size, a captured one some 3 ms, and to capture one 150 ms."""
 
 
 class Pending:
@@ -163,6 +168,14 @@ class Captured(NamedTuple):
     inputs: Tensor | None = None
 
 
+class _Size(NamedTuple):
+    """Key of a captured prefill: what of its plan matters, its rows, and the slots of each, both powers of two."""
+
+    plan: Plan
+    rows: int
+    slots: int
+
+
 class GraphRunner(Runner):
     """Every (plan, batch size) is captured once as a CUDA graph and then replayed; so is every size of a prefill.
 
@@ -239,19 +252,35 @@ class GraphRunner(Runner):
             return super().admit(prompts, rows, places, plan)
         self.active = []
         plan = replace(plan, outcomes=None, alternatives=0)  # a prefill has one block, whatever the steps do
-        return Admitted(
-            [self._admit(prompts[piece], rows[piece], places[piece], plan, slots - masks) for piece, slots in pieces]
-        )
+        admitted = list[Pending]()
+        for piece, slots in pieces:
+            size = self._size_for(_Size(plan.key, piece.stop - piece.start, slots))
+            count = size.rows if size is not None else piece.stop - piece.start
+            for at in range(piece.start, piece.stop, count):
+                part = slice(at, at + count)
+                given = prompts[part], rows[part], places[part], plan
+                admitted += super().admit(*given).pieces if size is None else [self._admit(*given, size, masks)]
+        return Admitted(admitted)
 
-    def _admit(self, prompts: list[list[int]], rows: list[int], places: list[int], plan: Plan, width: int) -> Pending:
-        """One graph's share: prompts padded to `width`."""
-        key = (plan.key, "prefill", len(prompts), width)
-        if key not in self.graphs and self.met[key] < self.prefill_uses:
-            if len(self.met) > MOST_GRAPHS:
-                self.met.clear()
-            self.met[key] += 1
-            return super().admit(prompts, rows, places, plan).pieces[0]
-        self.met.pop(key, None)
+    def _size_for(self, wanted: _Size) -> _Size | None:
+        """The captured size for a prefill, a new one if it comes often enough; None to run it eagerly."""
+        if wanted in self.graphs:
+            return wanted
+        sizes = (wanted._replace(rows=wanted.rows // n, slots=wanted.slots * wider) for n, wider in STAND_INS)
+        found = next((size for size in sizes if size in self.graphs), None)  # none has 0 rows
+        if self.met[wanted] >= self.prefill_uses * (1 if found is None else STAND_IN_USES):
+            del self.met[wanted]
+            return wanted
+        if len(self.met) > MOST_GRAPHS:
+            self.met.clear()
+        self.met[wanted] += 1
+        return found
+
+    def _admit(
+        self, prompts: list[list[int]], rows: list[int], places: list[int], plan: Plan, key: _Size, masks: int
+    ) -> Pending:
+        """One graph's share: prompts that are padded to the same width."""
+        width = key.slots - masks
         packed = pack_prompts(prompts, rows, plan.params.seed, width)
         inputs = torch.cat((packed, torch.tensor(places)[:, None]), 1)
         captured = self._captured(key, lambda: self._capture_admission(plan, inputs))

@@ -44,7 +44,7 @@ class TidarSampler:
         step, model = self.state.step, self.state.model
         states, self.state.step, model.step_states = model.step_states, None, None
         if step is None:
-            self.state.drafts.count.index_fill_(0, batch.idx_mapping.long(), 1)
+            self._forget(batch, _all(batch))
             return self.base(logits, batch) if not batch.num_draft_tokens else self._plain(logits, batch, _all(batch))
         whole = None if states is logits else logits
         if step.index is None and whole is None and self.state.untouched[batch.idx_mapping_np[step.rows]].all():
@@ -52,13 +52,23 @@ class TidarSampler:
         else:
             result = self._judge_processed(states, whole, step, batch)
         self.metrics.record(step.shape, result, step.anchors)
+        self.state.drafted[batch.idx_mapping_np[step.rows]] = True
         if step.index is None:
             return _output(result, step)
         plain = np.setdiff1d(_all(batch), step.rows)
-        self.state.drafts.count.index_fill_(0, batch.idx_mapping[sent(plain, states.device)].long(), 1)
+        self._forget(batch, plain)
         chosen = sent(batch.cu_num_logits_np[plain], states.device)
         rest = model.compute_logits(states[chosen]) if whole is None else whole[chosen]
         return _merge(_output(result, step), step, self._plain(rest, batch, plain), plain, batch.num_reqs)
+
+    def _forget(self, batch: Any, rows: np.ndarray) -> None:
+        """Requests of a batch that decoded plainly have no drafts to judge next; most of them had none before."""
+        slots = batch.idx_mapping_np[rows]
+        had = slots[self.state.drafted[slots]]
+        if len(had):
+            drafts = self.state.drafts
+            drafts.count.index_fill_(0, sent(had, drafts.count.device), 1)
+            self.state.drafted[had] = False
 
     def _take_the_best(self, states: Tensor, step: Step) -> Tensor:
         """Result [R, 3 + K] (see `kernels.judge.Decision`) where all requests draft and the largest logits decide."""

@@ -10,7 +10,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from tidar.vllm.settings import curve_of, wants_drafts
-from tidar.vllm.shapes import PLAIN
+from tidar.vllm.shapes import PLAIN, Shape
 
 LONG_PROMPTS = 2048
 """Steps with so many tokens of prompts do not draft: a drafting step runs the adapter over all of its tokens, which by
@@ -36,16 +36,24 @@ class TidarScheduler(Scheduler):
         shape = self.curve.at(min(len(self.running) + len(self.waiting), self.max_num_running_reqs))
         if shape.drafting and self._prompt_tokens() >= LONG_PROMPTS:
             shape = PLAIN
-        budget = self.max_num_scheduled_tokens
-        for request in self.running:
-            known = _to_compute(request)
-            room = min(budget, self.max_model_len - request.num_computed_tokens - 1)
-            drafts = shape.drafting and known == 1 and shape.slots <= room and wants_drafts(request)
-            request.spec_token_ids = [-1] * (shape.slots - 1) if drafts else []
-            budget -= shape.slots if drafts else max(known, 0)
+        self._place(shape)
         output = super().schedule(*args, **kwargs)
         self.admits = bool(output.scheduled_new_reqs) or not self.waiting
         return output
+
+    def _place(self, shape: Shape) -> None:
+        """Give placeholders to the requests that draft in the next step."""
+        budget = self.max_num_scheduled_tokens
+        for request in self.running:
+            request.spec_token_ids = []
+            if not shape.drafting:
+                continue
+            known = _to_compute(request)
+            room = min(budget, self.max_model_len - request.num_computed_tokens - 1)
+            drafts = known == 1 and shape.slots <= room and wants_drafts(request)
+            if drafts:
+                request.spec_token_ids = [-1] * (shape.slots - 1)
+            budget -= shape.slots if drafts else max(known, 0)
 
     def _prompt_tokens(self) -> int:
         """How many tokens of prompts the next step may hold, cached ones included."""

@@ -45,8 +45,9 @@ HOST = {False: (1.25e-3, 0.03e-3), True: (2.0e-3, 0.25e-3)}
 """Seconds that vLLM's host code takes for a step, and for each of its requests, plain and drafting: where weights are
 few, steps take no less. From SmolLM2-135M on an H200 machine (results/serve-smollm2-135m-h200.json), prompts joining
 between drafting steps included."""
-MARGIN = 1.05
-"""Drafting must promise this much more than plain decoding: the costs know nothing of attention over long prefixes."""
+MARGIN = 1.25
+"""Drafting must promise this much more than plain decoding: the costs know nothing of attention over long prefixes, of
+prompts that join, and of steps for which there is no full graph."""
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ class TidarModelState(DefaultModelState):
     Attributes:
         step: the drafting part of the running step, None if nothing drafts.
         untouched: [requests] whether a request's next token is simply the one with the largest logit.
+        drafted: [requests] whether a request may have drafts to judge, as far as the host knows.
         replay: runs parts of drafting steps as CUDA graphs.
     """
 
@@ -42,7 +43,7 @@ class TidarModelState(DefaultModelState):
         self.curve = curve_of(vllm_config)
         self.buffers = Buffers(self.max_num_tokens, self.max_num_reqs, self.dtype, device)
         self.drafts = Drafts.empty(self.max_num_reqs, self.curve.most_drafts, device)
-        self.untouched = np.zeros(self.max_num_reqs, dtype=bool)
+        self.untouched, self.drafted = np.zeros((2, self.max_num_reqs), dtype=bool)
         alone = vllm_config.parallel_config.tensor_parallel_size == 1
         self.replay = Replay(device.type == "cuda" and alone and not self.model_config.enforce_eager)
         self.step: Step | None = None
@@ -61,7 +62,9 @@ class TidarModelState(DefaultModelState):
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         super().add_request(req_index, new_req_data)
-        self.drafts.count[req_index] = 1  # nothing is drafted yet
+        if self.drafted[req_index]:  # by the request that was there before
+            self.drafts.count[req_index] = 1
+            self.drafted[req_index] = False
         self.untouched[req_index] = takes_the_best(new_req_data.sampling_params)
 
     def prepare_attn(
