@@ -11,7 +11,7 @@ from multiprocessing import get_context
 import torch
 from torch import Tensor
 
-from tidar.kernels import attention, linear, norm, rotary, swiglu
+from tidar.kernels import attention, gated, linear, norm, paged, rotary, swiglu
 from tidar.kernels.norm import LowRank
 from tidar.kernels.weights import KINDS, quantise
 from tidar.layout import step_layout
@@ -111,10 +111,40 @@ def one_round(chance: random.Random, dtype: torch.dtype) -> None:
             close(got.double().sum(0), wanted, dtype, f"{kind} linear {what} {tiles}")
 
 
+def served_round(chance: random.Random, dtype: torch.dtype) -> None:
+    """What vLLM's steps run: attention over pages, and the gated LoRA's sum."""
+    length, page = chance.randint(2, 8), chance.choice((16, 32))
+    outcomes = sorted(chance.sample(range(1, length + 1), chance.randint(1, length)))
+    prefixes = [chance.randint(0, 900) for _ in range(chance.randint(1, 4))]
+    layout = step_layout(length, outcomes, DEVICE).after(torch.tensor(prefixes, device=DEVICE))
+    kv, groups, dim = chance.choice((1, 2, 8)), chance.choice((1, 2, 4, 7)), chance.choice((64, 96, 128))
+    count, slots = len(prefixes), layout.size
+    lengths = torch.tensor(prefixes, dtype=torch.int32, device=DEVICE) + slots
+    most = -(-int(lengths.max()) // page)
+    table = torch.randperm(count * most, device=DEVICE).view(count, most).int()
+    # As vLLM keeps them: [blocks, H_kv, page, 2 x D], seen with pages before heads.
+    keys, values = random_tensor(count * most, kv, page, 2 * dim, dtype=dtype).transpose(1, 2).split(dim, -1)
+    query = random_tensor(count * slots, kv * groups, dim, dtype=dtype)
+    starts, requests = (torch.arange(n, device=DEVICE, dtype=torch.int32) for n in (count + 1, count))
+    enter, exit_ = (bound.expand(count, -1).flatten().int() for bound in (layout.enter, layout.exit))
+    facts = (table, lengths, starts * slots, requests, enter, exit_, 1 / math.sqrt(dim))
+    out, wanted = query.new_zeros(count * slots, kv * groups * dim), query.double().flatten(1)
+    paged.paged_attention_eager(query.double(), keys.double(), values.double(), *facts, wanted)
+    paged.paged_attention(query, keys, values, *facts, out, slots)
+    close(out, wanted, dtype, f"paged attention {dtype} {prefixes} K={length} {outcomes} H={kv * groups}/{kv} D={dim}")
+
+    tokens, width, rank = chance.randint(1, 80), chance.choice((33, 300, 576)), chance.choice((4, 32, 96))
+    product, b = random_tensor(tokens, width + rank, dtype=dtype), random_tensor(width, rank, dtype=dtype)
+    gate = (torch.rand(tokens, 1, device=DEVICE) < 0.5).to(dtype)
+    expected = gated.add_gated_eager(product.double(), b.double(), gate.double())
+    close(gated.add_gated(product, b, gate), expected, dtype, f"gated sum {dtype} {tokens} x {width}, rank {rank}")
+
+
 def rounds(job: tuple[torch.dtype, int]) -> None:
     dtype, seed = job
     torch.manual_seed(seed)
     one_round(random.Random(seed), dtype)
+    served_round(random.Random(seed), dtype)
 
 
 def main() -> None:

@@ -83,6 +83,19 @@ def test_speed_is_measured_written_and_drawn(run, folder, tmp_path):
         assert row["first_token_ms"] > 0
 
 
+def test_speed_of_some_contestants(run, folder, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "what?"}\n')
+    command = ("bench", "speed", "--model", folder, "--prompts", f"mine={prompts}", "--batch", 1, "--device", "cpu")
+    options = ("--repeats", 1, "--max-new-tokens", 2, "--out", tmp_path / "speed")
+    assert run(*command, *options, "--only", "ar")[0] == 0
+    assert [row["contestant"] for row in json.loads((tmp_path / "speed.json").read_text())["rows"]] == ["ar"]
+    code, _, err = run(*command, *options, "--only", "ar", "--only", "lookup")
+    assert code == 2
+    assert "'lookup'" in err
+    assert "transformers prompt lookup" in err
+
+
 @pytest.mark.parametrize(
     "options",
     [

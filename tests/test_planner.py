@@ -193,6 +193,23 @@ def test_looks_of_a_batch_pay_for_leaving_its_rows_staggered():
     assert looks([planner.choose(16) for _ in range(3000)])[0] == (False, math.ceil(lost / LOOK_SHARE))
 
 
+def test_a_look_captures_nothing_if_it_can():
+    planner = planner_with({(1, 0): 1.0, (8, 8): 4.0, (4, 4): 8.0})
+    for captured, wanted in (((4, 4), 4), ((8, 8), 8), ((2, 2), 8)):
+        planner.ready = lambda plan, rows, shape=captured: plan.key == plan_of(shape).key
+        planner._size = 0
+        plans = [planner.choose(1) for _ in range(3000)]
+        assert {plan.draft_length for plan in plans} == {1, wanted}
+
+
+def test_prompts_that_come_in_a_look_are_prefilled_plainly():
+    planner = planner_with({(1, 0): 1.0, (8, 8): 10.0})
+    planner.captures = True
+    while not planner.choose(1).drafting:
+        pass
+    assert not planner.first(1).drafting
+
+
 def test_where_no_drafting_can_pay_there_are_no_looks(monkeypatch):
     planner = planner_with({(1, 0): 1.0})
     asked = []
@@ -326,7 +343,7 @@ def test_once_nothing_waits_drafting_must_be_worth_the_slowest_row():
     assert chosen == [True, False, False, True]
     assert planner.first(rows, True).drafting is False
     assert planner.first(rows, False).drafting is True
-    assert margin(1, True) == margin(1, False) == 1
+    assert margin(1, True) == margin(1, False) == 1 < margin(4, False) < margin(16, False) < margin(16, True)
 
 
 def test_another_batch_size_is_another_choice():

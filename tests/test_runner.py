@@ -204,6 +204,16 @@ def test_what_was_captured_while_measuring_is_what_the_run_replays(monkeypatch):
     assert {rows for _, rows in (key for key in runner.graphs if len(key) == 2)} == {1, 2, 4}
 
 
+def test_a_step_is_ready_once_it_is_captured():
+    runner, plan = Replayed(network_of("llama")), Plan(4)
+    runner.prepare(2, 100, plan)
+    assert not runner.ready(plan, 2)
+    runner.step(plan, 2, 0)
+    assert runner.ready(Plan(4, SamplingParams(seed=1)), 2)
+    assert not runner.ready(plan, 1)
+    assert module.Runner(network_of("llama")).ready(plan, 2)
+
+
 def test_the_graph_that_was_not_used_for_longest_makes_room(monkeypatch):
     monkeypatch.setattr(module, "MOST_GRAPHS", 2)
     runner = Replayed(network_of("llama"))

@@ -153,7 +153,6 @@ def _run(given: dict[str, Any]) -> None:
     from vllm import LLM
 
     from tidar.vllm import Options, engine_options
-    from tidar.vllm.shapes import PLAIN, Curve
 
     most = max(given["concurrency"])
     chosen = {key: given[key] for key in ("draft_length", "outcomes", "curve")} if given["mode"] == "tidar" else {}
@@ -170,11 +169,7 @@ def _run(given: dict[str, Any]) -> None:
         **({"load_format": "dummy"} if given["model"] in RANDOM else {}),
     }
     curve = (options.get("additional_config") or {}).get("tidar", {}).get("curve", [])
-    if torch.cuda.is_available():  # graphs of the sizes that are used: more would take minutes to capture
-        shapes = [Curve.parse(curve).at(count) if curve else PLAIN for count in given["concurrency"]]
-        sizes = {count * shape.slots for count, shape in zip(given["concurrency"], shapes, strict=True)}
-        own["compilation_config"] = {"cudagraph_capture_sizes": sorted({*sizes, *given["concurrency"]})}
-    else:
+    if not torch.cuda.is_available():
         own["enforce_eager"] = True
     started = time.perf_counter()
     llm = LLM(given["folder"], **{**own, **options, **(given["more"] or {})})

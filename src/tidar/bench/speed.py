@@ -15,6 +15,7 @@ from tidar.api import TidarModel
 from tidar.bench import machine
 from tidar.bench.shapes import cache_bytes, weight_bytes
 from tidar.decode.runner import captured_at_once
+from tidar.errors import TidarError
 from tidar.prompts import Prompt, encode_prompt
 
 
@@ -107,21 +108,24 @@ def measure(
     repeats: int,
     peers: bool,
     peer_prompts: int,
+    only: Sequence[str] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Every contestant on every set and batch size; the median of `repeats` passes after one to warm up.
 
     first_token_ms is the time to the first token of a batch: a prefill, and what starting a run costs.
 
-    Peers that are not ours run last, at the first batch size only, on the first `peer_prompts` prompts. Yields the
-    result as it grows.
+    Peers that are not ours run last, at the first batch size only, on the first `peer_prompts` prompts. `only` names
+    the contestants that run. Yields the result as it grows. Raises TidarError for a contestant that there is not.
     """
     network = model.network
+    if unknown := set(only or ()) - contestants(model, peers).keys():
+        raise TidarError(f"no contestant is named {sorted(unknown)[0]!r}: {', '.join(contestants(model, peers))}")
     jobs = [
         (set_name, batch, label, run)
         for set_name in sets
         for batch in batches
         for label, run in contestants(model, peers and batch == batches[0]).items()
-        if batch == 1 or "lookup" not in label
+        if (batch == 1 or "lookup" not in label) and (not only or label in only)
     ]
     jobs.sort(key=lambda job: _foreign(job[2]))
     rows, reference = list[dict[str, Any]](), dict[tuple[str, int], list[list[int]]]()

@@ -75,6 +75,9 @@ def bench_speed(
         bool, typer.Option(help="Also time transformers' generate and prompt lookup (not with --weights).")
     ] = True,
     peer_prompts: Annotated[int, typer.Option(help="Prompts that peers answer; they are slow.")] = 8,
+    only: Annotated[
+        list[str] | None, typer.Option(help="A contestant by its name in the table (repeatable) [default: all].")
+    ] = None,
     device: o.Device = None,
     dtype: o.Dtype = None,
     weights: o.Weights = None,
@@ -86,7 +89,7 @@ def bench_speed(
     files.check_writable(files.named(out, ".json"))
     sets = dict(map(read_set, prompts))
     loaded = o.load(model, drafter, device, dtype, weights)
-    measured = speed.measure(loaded, model, sets, batches, max_new_tokens, repeats, peers, peer_prompts)
+    measured = speed.measure(loaded, model, sets, batches, max_new_tokens, repeats, peers, peer_prompts, only)
     result = _kept(measured, out)
     speed.plot(result, files.named(out, ".png"))
     for name, size in dict.fromkeys((row["set"], row["batch"]) for row in result["rows"]):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -42,15 +42,15 @@ THINK_AGAIN = 64
 MARGIN = 1.05
 """Another plan must promise this much more than the running one, drafting as much more than plain decoding: all figures
 have errors, and a plan that is new to a batch size has its graph captured first."""
-UNEVEN = 1.25
-"""What drafting must promise more where there are several rows: they end at different times then, so places stay empty
-until others take them or the batch is halved, and prefills come one by one. Plainly decoded rows keep pace with each
-other. On an H200 promises above 1.2 were worth 0.8 to 1.2 at batch 16 and 64."""
+UNEVEN = 0.0625
+"""What drafting must promise more for each doubling of the batch: rows end at different times then, so places stay
+empty until others take them or the batch is halved, and prefills come one by one. Plainly decoded rows keep pace with
+each other. On an H200 promises above 1.2 were worth 0.8 to 1.2 at batch 16 and 64, and about 1.2 at batch 4."""
 LAST = 0.06
-"""What it must promise beyond that for each doubling of the batch, once nothing waits for the places of rows that end:
-the job then takes as long as its slowest row, which is the further from the mean the more rows there are. Of 24 answers
-to GSM8K or MT-Bench the slowest took 1.3 to 1.4 times the forwards of their mean (results/compare-smollm2-135m-h200);
-what is asked for has not been timed."""
+"""What it must promise beyond that for each doubling, once nothing waits for the places of rows that end: the job then
+takes as long as its slowest row, which is the further from the mean the more rows there are. Of 24 answers to GSM8K or
+MT-Bench the slowest took 1.3 to 1.4 times the forwards of their mean (results/compare-smollm2-135m-h200); what is asked
+for has not been timed."""
 LOOK_AGAIN, LOOK_AGAIN_MOST = 64, 1024
 """Plain steps before the first look at whether drafting pays after all; twice as many after each look that says no."""
 LOOK_SHARE = 0.02
@@ -107,9 +107,7 @@ def expected_tokens(
 
 def margin(rows: int, last: bool) -> float:
     """What drafting must promise, in tokens per second of plain decoding, to be worth it in a batch of `rows` rows."""
-    if rows == 1:
-        return 1.0
-    return UNEVEN + (LAST * math.log2(rows) if last else 0)
+    return 1 + math.log2(rows) * (UNEVEN + (LAST if last else 0))
 
 
 def _hit_rates(shape: tuple[int, int, int], longest: int, hits: Sequence[float]) -> np.ndarray:
@@ -211,6 +209,7 @@ class AutoPlanner:
         self.learned = Learned(self.longest.draft_length)
         self.costs: dict[int, list[tuple[Plan, float]]] = {}
         self.captures = False  # whether forwards are CUDA graphs
+        self.ready: Callable[[Plan, int], bool] = lambda plan, rows: True  # whether a step need not be captured first
         self._plan = self._running = Plan(1, params)  # what to do now, and what was chosen: they differ in a look
         self._size, self._last = 0, False  # batch size of the choice, and whether nothing waits for places in it
         self._left = self._age = 0  # forwards until the next choice, forwards so far
@@ -227,7 +226,7 @@ class AutoPlanner:
             kept.clear()
         self.learned = kept.setdefault(key, Learned(self.longest.draft_length))
         self.acceptance.relax()
-        self.captures = runner.captures
+        self.captures, self.ready = runner.captures, runner.ready
         if self.remeasure:
             for learned in kept.values():
                 learned.costs.clear()
@@ -263,7 +262,7 @@ class AutoPlanner:
 
     def first(self, rows: int, last: bool = False) -> Plan:
         size = power_of_two(rows)
-        running = self._plan if (size, last) == (self._size, self._last) else self.best(size, last)
+        running = self._running if (size, last) == (self._size, self._last) else self.best(size, last)
         # Where prefills are captured, always as many drafts: other numbers are other graphs for each size of a prefill.
         drafts = self.longest.draft_length if self.captures and running.drafting else running.draft_length
         return Plan(drafts, self.params)
@@ -333,7 +332,10 @@ class AutoPlanner:
         """What to look at after plain decoding (None if nothing can pay), and how many more plain forwards before."""
         seconds = dict(self.costs[self._size])
         plain = next(plan for plan in rates if not plan.drafting)
-        best = max((plan for plan in rates if plan.drafting), key=lambda plan: rates[plan], default=None)
+        drafting = [plan for plan in rates if plan.drafting]
+        # Any of them shows how far drafts stand, and to capture one costs more than a hundred looks.
+        ready = [plan for plan in drafting if self.ready(plan, self._size)]
+        best = max(ready or drafting, key=lambda plan: rates[plan], default=None)
         if best is None:
             return None, LOOK_AGAIN_MOST
         if not self.acceptance.seen:

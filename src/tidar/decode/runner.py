@@ -121,6 +121,10 @@ class Runner:
         """Batch size that `rows` running rows should be compacted to."""
         return rows
 
+    def ready(self, plan: Plan, rows: int) -> bool:
+        """Whether a step can run at once; else it is captured first, which takes as long as hundreds of steps."""
+        return True
+
     @torch.inference_mode()
     def set_active(self, active: list[bool]) -> None:
         """Say which of the first rows run."""
@@ -234,6 +238,9 @@ class GraphRunner(Runner):
 
     def batch_for(self, rows: int) -> int:
         return power_of_two(rows)
+
+    def ready(self, plan: Plan, rows: int) -> bool:
+        return not _lasting(plan) or (plan.key, rows) in self.graphs
 
     @torch.inference_mode()
     def step(self, plan: Plan, rows: int, longest: int) -> Pending:
