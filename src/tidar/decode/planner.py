@@ -53,7 +53,7 @@ MT-Bench the slowest took 1.3 to 1.4 times the forwards of their mean (results/c
 for has not been timed."""
 LOOK_AGAIN, LOOK_AGAIN_MOST = 64, 1024
 """Plain steps before the first look at whether drafting pays after all; twice as many after each look that says no."""
-LOOK_SHARE = 0.02
+LOOK_SHARE = 0.01
 """Share of the time that looks may lose, by what is known: the dearer one is, the longer until it comes."""
 STAGGER = 25.0
 """What a look costs a batch beside its own forwards, in plain ones: it leaves the rows staggered, so that places stay
@@ -189,6 +189,8 @@ class Learned:
     def __init__(self, draft_length: int) -> None:
         self.acceptance = Acceptance(draft_length)
         self.pauses = defaultdict[int, Pause](Pause)  # by batch size
+        self.asked: tuple | None = None
+        self.gains = list[float]()  # the last expected tokens, and what they follow from
         # By whether forwards are captured and how many threads there are; then by batch size, see `Costs.of`.
         self.costs = defaultdict[tuple[bool, int], dict[int, list[tuple[Plan, float]]]](dict)
 
@@ -213,8 +215,6 @@ class AutoPlanner:
         self._plan = self._running = Plan(1, params)  # what to do now, and what was chosen: they differ in a look
         self._size, self._last = 0, False  # batch size of the choice, and whether nothing waits for places in it
         self._left = self._age = 0  # forwards until the next choice, forwards so far
-        self._asked: tuple | None = None
-        self._gains = list[float]()  # the last expected tokens, and what they follow from
 
     @property
     def acceptance(self) -> Acceptance:
@@ -234,10 +234,12 @@ class AutoPlanner:
         known = self.learned.costs[self.captures, torch.get_num_threads()]
         if self.remeasure or power_of_two(rows) not in known:
             known |= self._measure(Costs(runner, self.remeasure), rows)
-        self.costs = {
-            size: [(replace(plan, params=self.params), seconds) for plan, seconds in costs]
-            for size, costs in known.items()
-        }
+        self.costs = known
+        if any(plan.params != self.params for plan, _ in known[1]):
+            self.costs = {
+                size: [(replace(plan, params=self.params), seconds) for plan, seconds in costs]
+                for size, costs in known.items()
+            }
         self._size, self.remeasure = 0, False
 
     def _measure(self, measured: Costs, rows: int) -> dict[int, list[tuple[Plan, float]]]:
@@ -303,9 +305,10 @@ class AutoPlanner:
             tuple((plan.draft_length, plan.blocks, plan.alternatives) for plan, _ in costs),
             tuple(self.acceptance.hits),
         )
-        if asked != self._asked:  # else nothing was observed since: it is asked twice before a run's first forward
-            self._asked, self._gains = asked, expected_tokens(*asked)
-        return {plan: gain / seconds for (plan, seconds), gain in zip(costs, self._gains, strict=True)}
+        learned = self.learned
+        if asked != learned.asked:  # else nothing was observed since: a run that only decodes plainly need not wait
+            learned.asked, learned.gains = asked, expected_tokens(*asked)
+        return {plan: gain / seconds for (plan, seconds), gain in zip(costs, learned.gains, strict=True)}
 
     def _turn(self) -> None:
         """What comes when a plan has had its time: after plain decoding a look at drafting, else another choice."""
