@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tidar import TidarError, TidarModel
-from tidar.decode.costs import Costs
+from tidar.decode.costs import REPEATS, ROUNDS, Costs
 from tidar.decode.engine import Engine, Limits
 from tidar.decode.planner import (
-    FIRST_LOOK,
+    CAPTURE,
+    FIRST_LOOK_SHARE,
     LOOK,
     LOOK_AGAIN,
     LOOK_AGAIN_MOST,
@@ -168,13 +169,31 @@ def test_plain_decoding_where_drafts_do_not_pay_with_rarer_and_rarer_looks(cost)
     assert ((False, LOOK_AGAIN_MOST) in wanted) == (cost < 10)
 
 
-def test_the_first_look_comes_soon():
-    planner = planner_with({(1, 0): 1.0, (8, 8): 4.0})
+@pytest.mark.parametrize(
+    ("rows", "cost", "captured"), [(1, 3.0, True), (1, 4.0, True), (1, 4.0, False), (16, 2.6, True)]
+)
+def test_the_first_look_comes_as_soon_as_its_price_is_a_small_share(rows, cost, captured):
+    planner = planner_with({(1, 0): 1.0, (8, 8): cost})
+    planner.costs[rows], planner.ready = planner.costs[1], lambda plan, rows: captured
     planner.acceptance.seen = False
-    assert looks([planner.choose(1) for _ in range(FIRST_LOOK + LOOK)]) == [(False, FIRST_LOOK), (True, LOOK)]
+    gain = expected_tokens([PRIOR] * 15, [(8, 8, 0)])[0]
+    lost = LOOK * cost - 1 - (LOOK - 1) * gain + (STAGGER if rows > 1 else 0) + (0 if captured else CAPTURE)
+    wait = math.ceil(lost / FIRST_LOOK_SHARE)
+    assert (wait < LOOK_AGAIN) == (cost == 3.0)
+    assert looks([planner.choose(rows) for _ in range(wait + LOOK)]) == [(False, wait), (True, LOOK)]
     planner.observe(plan_of((8, 8)), [Gain(8, 1, [0])])
     assert planner.acceptance.seen
-    assert not any(planner.choose(1).drafting for _ in range(LOOK_AGAIN))
+    assert not any(planner.choose(rows).drafting for _ in range(LOOK_AGAIN))
+
+
+def test_there_is_no_look_at_what_could_not_pay_if_all_drafts_stood():
+    """64 rows must be promised more than one, the more if nothing waits for their places."""
+    for promised, waits, wanted in ((1.4, True, False), (1.6, True, True), (1.6, False, False), (2.0, False, True)):
+        planner = planner_with({})
+        planner.costs = {64: [(plan_of((1, 0)), 1.0), (plan_of((8, 8)), 8 / promised)]}
+        planner.acceptance.stood = [0.0] * 15
+        plans = [planner.choose(64, not waits) for _ in range(20_000)]
+        assert any(plan.drafting for plan in plans) == wanted
 
 
 def test_looks_lose_no_more_than_their_share():
@@ -195,15 +214,18 @@ def test_looks_of_a_batch_pay_for_leaving_its_rows_staggered():
 
 def test_a_look_captures_nothing_if_it_can():
     planner = planner_with({(1, 0): 1.0, (8, 8): 4.0, (4, 4): 8.0})
-    for captured, wanted in (((4, 4), 4), ((8, 8), 8), ((2, 2), 8)):
+    for captured, wanted in (((4, 4), {1, 4}), ((8, 8), {1, 8}), ((2, 2), {1})):
         planner.ready = lambda plan, rows, shape=captured: plan.key == plan_of(shape).key
         planner._size = 0
         plans = [planner.choose(1) for _ in range(3000)]
-        assert {plan.draft_length for plan in plans} == {1, wanted}
+        assert {plan.draft_length for plan in plans} == wanted
+    while not (plan := planner.choose(1)).drafting:  # once the capture is a small share
+        pass
+    assert plan.draft_length == 8
 
 
 def test_prompts_that_come_in_a_look_are_prefilled_plainly():
-    planner = planner_with({(1, 0): 1.0, (8, 8): 10.0})
+    planner = planner_with({(1, 0): 1.0, (8, 8): 6.0})
     planner.captures = True
     while not planner.choose(1).drafting:
         pass
@@ -246,7 +268,7 @@ def test_what_cannot_pay_is_not_measured_for_larger_batches(monkeypatch):
 
     def of(self, plans, rows):
         asked[rows] = {(plan.draft_length, plan.blocks, plan.alternatives) for plan in plans}
-        return [(plan, 1.0 if plan.draft_length != 8 else 3.0 * rows) for plan in plans]
+        return [(plan, 1.0) for plan in plans if plan.draft_length != 8 or rows < 4]
 
     monkeypatch.setattr(Costs, "of", of)
     planner = AutoPlanner(SamplingParams())
@@ -430,13 +452,12 @@ def test_costs_are_measured_once_and_kept(tmp_path, monkeypatch, capsys):
     network, plans = network_of("llama"), [Plan(1), Plan(2, outcomes=1), Plan(4, outcomes=4)]
     first = Costs(Runner(network))
     measured = first.of(plans, 2)
-    first.save()
     assert measured[0][0] == plans[0]
     assert all(seconds > 0 for _, seconds in measured)
-    assert "measuring" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("measuring") == 1
     again = Costs(Runner(network))
     assert again.of(plans, 2) == measured
-    assert not again.changed
+    assert not again.measured
     assert not capsys.readouterr().err
     (file,) = (tmp_path / "costs").iterdir()
     assert json.loads(file.read_text())["network"]["model"]["model_type"] == "llama"
@@ -465,8 +486,96 @@ def test_costs_that_cannot_be_kept_are_no_error(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("tidar.decode.costs.cache_folder", lambda: tmp_path / "file" / "below")
     costs = Costs(Runner(network_of("llama")))
     assert costs.of([Plan(1), Plan(2, outcomes=1)], 1)
-    costs.save()
+    assert costs.of([Plan(1), Plan(2, outcomes=1)], 2)
     assert capsys.readouterr().err.count("cannot be kept") == 1
+
+
+def timed(monkeypatch, tmp_path, seconds) -> None:
+    """Costs are kept in `tmp_path`; a step of a plan takes seconds(plan)."""
+    monkeypatch.setattr("tidar.decode.costs.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("tidar.decode.costs._Bench.seconds", lambda bench, plan: seconds(plan))
+
+
+def test_costs_of_others_and_of_a_run_that_was_ended_are_kept(tmp_path, monkeypatch):
+    def seconds(plan):
+        if plan.draft_length == 8:
+            raise KeyboardInterrupt
+        return 1.0
+
+    timed(monkeypatch, tmp_path, seconds)
+    runner, plans = Runner(network_of("llama")), [Plan(1), Plan(2, outcomes=1)]
+    first, second = Costs(runner), Costs(runner)  # both before there is a file
+    first.of(plans, 1)
+    second.of(plans, 2)
+    anew = Costs(runner, remeasure=True)
+    assert not anew.known
+    with pytest.raises(KeyboardInterrupt):
+        anew.of([*plans, Plan(4, outcomes=1), Plan(8, outcomes=1)], 4)
+    assert set(Costs(runner).known) == {
+        *(f"{rows} x {shape}" for rows in (1, 2, 4) for shape in ("1/0/0", "2/1/0")),
+        "4 x 4/1/0",
+    }
+
+
+def test_what_would_be_slower_though_all_drafts_stood_is_no_choice(tmp_path, monkeypatch):
+    timed(monkeypatch, tmp_path, lambda plan: {1: 1.0, 2: 2.4, 4: 3.9}[plan.draft_length])
+    plans = [Plan(1), Plan(2, outcomes=1), Plan(2), Plan(4, outcomes=1)]
+    for _ in range(2):  # measured, and read from the file
+        assert [plan for plan, _ in Costs(Runner(network_of("llama"))).of(plans, 1)] == [plans[0], plans[3]]
+
+
+def test_truncation_has_costs_of_its_own(tmp_path, monkeypatch):
+    timed(monkeypatch, tmp_path, lambda plan: 1.0)
+    ways = [
+        {},
+        {"temperature": 0.8},
+        {"temperature": 0.8, "top_p": 0.9},
+        {"temperature": 0.8, "top_p": 0.9, "min_p": 0.1},
+    ]
+    ways += [{"temperature": 0.3, "top_k": 9, "seed": 1}]
+    costs = Costs(Runner(network_of("llama")))
+    for way in ways:
+        costs.of([Plan(1, SamplingParams(**way))], 1)
+    named = [name.removeprefix("1 x 1/0/0") for name in costs.measured]
+    assert named == ["", " sampled", " sampled top-p", " sampled top-p min-p", " sampled top-k"]
+    assert Costs(Runner(network_of("llama"))).of([Plan(1, SamplingParams(0.1, top_p=0.5))], 1)
+
+
+def test_steps_that_are_launched_ahead_are_timed_so(monkeypatch):
+    class Ahead(Runner):
+        lag = 1
+
+    class Step:
+        def get(self) -> None:
+            read.append(len(launched))
+
+    launched, read = [], []
+    monkeypatch.setattr(Runner, "step", lambda self, plan, rows, longest: launched.append(plan) or Step())
+    costs = Costs(Ahead(network_of("llama")), remeasure=True)
+    monkeypatch.setattr(costs, "_save", lambda: None)
+    costs.of([Plan(1)], 1)
+    assert read == [1, *(1 + REPEATS * n for n in range(1, 1 + ROUNDS))]
+
+
+def test_a_batch_that_shrinks_works_nothing_out_twice(monkeypatch):
+    """Sizes differ in what can pay; four runs of 64 rows that end one by one, without a draft to learn from."""
+    planner, asked = planner_with({}), []
+    costs = {plan_of(shape): 1.0 + 0.01 * plan_of(shape).slots for shape in SHAPES_CUDA}
+    planner.costs = {
+        size: [(plan, seconds) for plan, seconds in costs.items() if plan.slots * size <= 4096]
+        for size in (1, 2, 4, 8, 16, 32, 64)
+    }
+    assert len(planner.costs[1]) > len(planner.costs[64])
+    monkeypatch.setattr(
+        "tidar.decode.planner.expected_tokens", lambda *given: asked.append(given) or expected_tokens(*given)
+    )
+    for _ in range(4):
+        planner._size = 0
+        planner.acceptance.relax()
+        for size in (64, 32, 16, 8, 4, 2, 1):
+            planner.first(size)
+            planner.choose(size)
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,15 @@ from tidar.decode.runner import Runner
 from tidar.decode.step import Plan
 from tidar.model.hub import cache_folder
 from tidar.model.network import Network
+from tidar.sampling import Sampling, SamplingParams
 
 PREFIX = 512
 """Cached tokens a row while measuring."""
 REPEATS, PATIENCE = 7, 0.5
 """Steps timed for each plan, fewer once they took this many seconds."""
-VERSION = 2
+ROUNDS = 2
+"""How often they are timed together, where steps are launched ahead of their results."""
+VERSION = 3
 """Of how costs are measured and what is measured; others' files are not read."""
 MOST_TOKENS, MOST_TOKENS_CPU = 4096, 256
 """Forwards of more tokens than this are not considered: their slots are not free anywhere."""
@@ -38,18 +41,22 @@ class Costs:
         self.runner, self.network = runner, runner.network
         captured = "-captured" if runner.captures else ""  # a graph has another price than the same forward alone
         self.path = cache_folder() / "costs" / f"{_fingerprint(self.network)}{captured}.json"
-        self.known: dict[str, float] = {}
-        self.changed = False
-        if not remeasure:
-            try:
-                stored = {str(k): float(v) for k, v in json.loads(self.path.read_text())["seconds"].items()}
-                # Zero stands for a plan that was not worth timing, which plain decoding ("1/0/0") never is.
-                self.known = {k: v for k, v in stored.items() if 0 < v < math.inf or (v == 0 and " 1/0/0" not in k)}
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
-                self.known = {}  # a broken file is measured anew
+        self.known: dict[str, float] = {} if remeasure else self._stored()
+        self.measured: dict[str, float] = {}
+        self.keeps = True
+
+    def _stored(self) -> dict[str, float]:
+        try:
+            stored = {str(k): float(v) for k, v in json.loads(self.path.read_text())["seconds"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}  # a broken file is measured anew
+        # Zero stands for a plan that was not worth timing, which plain decoding ("1/0/0") never is.
+        return {k: v for k, v in stored.items() if 0 < v < math.inf or (v == 0 and " 1/0/0" not in k)}
 
     def of(self, plans: Sequence[Plan], rows: int) -> list[tuple[Plan, float]]:
         """(plan, seconds) of those that can pay; the rest would be slower than plain decoding at full acceptance.
+
+        What is measured is kept at once, so that nothing is measured twice if somebody ends the program meanwhile.
 
         `plans` holds the plain one.
         """
@@ -57,38 +64,42 @@ class Costs:
         ordered = sorted((p for p in plans if not p.drafting or rows * p.slots <= most), key=lambda plan: plan.slots)
         missing = [plan for plan in ordered if _name(plan, rows) not in self.known]
         if missing:
-            self._measure(ordered, rows)
+            try:
+                self._measure(ordered, rows)
+            finally:
+                self._save()
         costs = [(plan, self.known.get(_name(plan, rows), 0.0)) for plan in ordered]
-        return [(plan, seconds) for plan, seconds in costs if seconds > 0]
+        plain = next(seconds for plan, seconds in costs if not plan.drafting)
+        return [(plan, seconds) for plan, seconds in costs if 0 < seconds <= plan.draft_length * plain]
 
     def _measure(self, ordered: Sequence[Plan], rows: int) -> None:
-        if not self.changed:
+        if not self.measured:
             print("measuring what a forward costs on this machine (kept for the next time)", file=sys.stderr)
-        self.changed = True
         plain = 0.0
         too_dear: dict[int, bool] = {}
         with _Bench(self.runner, max(ordered, key=lambda p: p.draft_length), rows) as bench:
             for plan in ordered:
                 name = _name(plan, rows)
-                if too_dear.get(plan.draft_length):
-                    self.known[name] = 0.0
-                    continue
                 if name not in self.known:
-                    self.known[name] = bench.seconds(plan)
+                    seconds = 0.0 if too_dear.get(plan.draft_length) else bench.seconds(plan)
+                    self.known[name] = self.measured[name] = seconds
                 plain = plain or self.known[name]
-                too_dear[plan.draft_length] = self.known[name] > plan.draft_length * plain
+                if self.known[name] > plan.draft_length * plain:
+                    too_dear[plan.draft_length] = True
 
-    def save(self) -> None:
-        """Keep what was measured, where the cache folder can be written."""
-        if not self.changed:
+    def _save(self) -> None:
+        """Keep what was measured beside what others have by now, where the cache folder can be written."""
+        if not self.keeps:
             return
-        text = json.dumps({"network": _description(self.network), "seconds": self.known}, indent=1) + "\n"
+        seconds = self._stored() | self.measured
+        text = json.dumps({"network": _description(self.network), "seconds": seconds}, indent=1) + "\n"
         partial = self.path.with_suffix(f".{os.getpid()}.partial")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             partial.write_text(text)
             partial.replace(self.path)  # atomic: a reader sees the old file or the new one
         except OSError as error:
+            self.keeps = False
             print(f"measured costs cannot be kept ({error}); set TIDAR_CACHE to a writable folder", file=sys.stderr)
 
 
@@ -111,21 +122,37 @@ class _Bench:
 
     @torch.inference_mode()
     def seconds(self, plan: Plan) -> float:
-        """The fastest of a few steps, waiting for each: whatever else runs on the machine only ever adds time."""
-        taken = list[float]()
-        while len(taken) < 2 or (len(taken) <= REPEATS and sum(taken[1:]) < PATIENCE):
-            self.state.cache.lengths.fill_(self.prefix)
-            if self.network.device.type == "cuda":
-                torch.cuda.synchronize()
-            started = time.perf_counter()
-            self.runner.step(plan, self.rows, self.prefix).get()
-            taken.append(time.perf_counter() - started)
-        return min(taken[1:])
+        """The fastest of a few steps: whatever else runs on the machine only ever adds time."""
+        self._together(plan, 1)  # compiles, or captures
+        if self.runner.lag:
+            return min(self._together(plan, REPEATS) for _ in range(ROUNDS))
+        taken = [self._together(plan, 1)]
+        while len(taken) < REPEATS and sum(taken) < PATIENCE:
+            taken.append(self._together(plan, 1))
+        return min(taken)
+
+    def _together(self, plan: Plan, count: int) -> float:
+        """Seconds a step of `count` that are launched as a run launches them: ahead of their results, if it does."""
+        self.state.cache.lengths.fill_(self.prefix)
+        if self.network.device.type == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        steps = [self.runner.step(plan, self.rows, self.prefix) for _ in range(count)]
+        steps[-1].get()
+        return (time.perf_counter() - started) / count
 
 
 def _name(plan: Plan, rows: int) -> str:
-    sampled = "" if plan.params.greedy else " sampled"
-    return f"{rows} x {plan.draft_length}/{plan.blocks}/{len(plan.leaves)}{sampled}"
+    return f"{rows} x {plan.draft_length}/{plan.blocks}/{len(plan.leaves)}{_choice(plan.params)}"
+
+
+def _choice(params: Sampling) -> str:
+    """How tokens are chosen, as far as that costs time: truncation may sort the vocabulary for every token judged."""
+    if params.greedy:
+        return ""
+    assert isinstance(params, SamplingParams)  # a planner's rows are all sampled in one way
+    truncations = {"top-k": params.top_k, "top-p": params.top_p, "min-p": params.min_p}
+    return " sampled" + "".join(f" {name}" for name, value in truncations.items() if value is not None)
 
 
 def _description(network: Network) -> dict[str, Any]:

@@ -33,6 +33,8 @@ SHAPES_CUDA = (
     *((8, 7, 16), (8, 8, 8), (16, 3, 16), (16, 6, 16), (16, 15, 16)),
 )
 """On a GPU each is a graph to capture for every batch size. Slots fill tiles of matrix products: 16, 32, 48, 64, 80."""
+LONGEST = (16, 15, 16)
+"""The one of all these that needs the most room."""
 PRIOR, PRIOR_WEIGHT = 0.7, 8.0
 """Acceptance of a draft before anything was seen, and how many observations that guess is worth."""
 MEMORY = 0.98
@@ -58,8 +60,10 @@ LOOK_SHARE = 0.01
 STAGGER = 25.0
 """What a look costs a batch beside its own forwards, in plain ones: it leaves the rows staggered, so that places stay
 empty and prefills come more often until the run ends. With 64 MT-Bench prompts in batches of 16 it came to 22."""
-FIRST_LOOK = 8
-"""Plain steps before the first look of all, while acceptance is a guess and nothing is known."""
+FIRST_LOOK_SHARE = 0.05
+"""The same for the first look of all, while acceptance is a guess and there is more to find out."""
+CAPTURE = 200.0
+"""What capturing a step costs, in plain forwards: some 150 ms on an H200, where 135M parameters take 0.6 to 0.9."""
 MOST_LEARNED = 64
 """Sampling parameters whose acceptance is kept; a server may be asked for any number of temperatures."""
 LOOK = 4
@@ -103,6 +107,10 @@ def expected_tokens(
     each = np.linalg.matrix_power(moves.numpy(), 64)[:, 0]  # from d = 1
     share = (each + np.einsum("si,sij->sj", each, moves.numpy())) / 2  # both phases, should it swing between two
     return (share @ (probabilities * accepted).sum(1).numpy()).tolist()
+
+
+def _shape(plan: Plan) -> tuple[int, int, int]:
+    return plan.draft_length, plan.blocks, plan.alternatives
 
 
 def margin(rows: int, last: bool) -> float:
@@ -153,7 +161,7 @@ class Acceptance:
         if self._next:  # a hit shows in the forward after it
             self.awaited = self.awaited * MEMORY + self._next
             self.hit = self.hit * MEMORY + sum(gain.known > 1 for gain in gains)
-        rates = _hit_rates((plan.draft_length, plan.blocks, plan.alternatives), plan.draft_length, RANKS)
+        rates = _hit_rates(_shape(plan), plan.draft_length, RANKS)
         self._next = sum(rates[len(gain.tokens) - 1] for gain in gains if len(gain.tokens) < gain.drafted)
 
     def relax(self) -> None:
@@ -190,7 +198,7 @@ class Learned:
         self.acceptance = Acceptance(draft_length)
         self.pauses = defaultdict[int, Pause](Pause)  # by batch size
         self.asked: tuple | None = None
-        self.gains = list[float]()  # the last expected tokens, and what they follow from
+        self.gains = dict[tuple[int, int, int], float]()  # the last expected tokens, and what they follow from
         # By whether forwards are captured and how many threads there are; then by batch size, see `Costs.of`.
         self.costs = defaultdict[tuple[bool, int], dict[int, list[tuple[Plan, float]]]](dict)
 
@@ -207,7 +215,7 @@ class AutoPlanner:
 
     def __init__(self, params: SamplingParams, remeasure: bool = False) -> None:
         self.params, self.remeasure = params, remeasure
-        self.longest = max((self._plan_of(shape) for shape in SHAPES_CUDA), key=lambda plan: plan.slots)
+        self.longest = self._plan_of(LONGEST)
         self.learned = Learned(self.longest.draft_length)
         self.costs: dict[int, list[tuple[Plan, float]]] = {}
         self.captures = False  # whether forwards are CUDA graphs
@@ -248,11 +256,8 @@ class AutoPlanner:
         plans, size, costs = [self._plan_of(shape) for shape in shapes], 1, dict[int, list[tuple[Plan, float]]]()
         while size < 2 * rows:
             costs[size] = measured.of(plans, size)
-            plain = next(seconds for plan, seconds in costs[size] if not plan.drafting)
             # A larger batch leaves fewer slots free: what cannot pay here cannot pay there.
-            plans = [plan for plan, seconds in costs[size] if seconds <= plan.draft_length * plain]
-            size *= 2
-        measured.save()
+            plans, size = [plan for plan, _ in costs[size]], 2 * size
         return costs
 
     def _plan_of(self, shape: tuple[int, int, int]) -> Plan:
@@ -299,16 +304,14 @@ class AutoPlanner:
 
     def _rates(self, rows: int) -> dict[Plan, float]:
         """Expected tokens per second of every plan that can pay."""
-        costs = self.costs[rows]
-        asked = (
-            tuple(self.acceptance.survival),
-            tuple((plan.draft_length, plan.blocks, plan.alternatives) for plan, _ in costs),
-            tuple(self.acceptance.hits),
-        )
-        learned = self.learned
+        costs, learned = self.costs[rows], self.learned
+        asked = tuple(self.acceptance.survival), tuple(self.acceptance.hits)
         if asked != learned.asked:  # else nothing was observed since: a run that only decodes plainly need not wait
-            learned.asked, learned.gains = asked, expected_tokens(*asked)
-        return {plan: gain / seconds for (plan, seconds), gain in zip(costs, learned.gains, strict=True)}
+            learned.asked, learned.gains = asked, {}
+        if any(_shape(plan) not in learned.gains for plan, _ in costs):
+            shapes = list({_shape(plan): None for known in self.costs.values() for plan, _ in known})
+            learned.gains = dict(zip(shapes, expected_tokens(asked[0], shapes, asked[1]), strict=True))
+        return {plan: learned.gains[_shape(plan)] / seconds for plan, seconds in costs}
 
     def _turn(self) -> None:
         """What comes when a plan has had its time: after plain decoding a look at drafting, else another choice."""
@@ -335,14 +338,15 @@ class AutoPlanner:
         """What to look at after plain decoding (None if nothing can pay), and how many more plain forwards before."""
         seconds = dict(self.costs[self._size])
         plain = next(plan for plan in rates if not plan.drafting)
+        least = MARGIN * margin(self._size, self._last) * rates[plain]
         drafting = [plan for plan in rates if plan.drafting]
-        # Any of them shows how far drafts stand, and to capture one costs more than a hundred looks.
-        ready = [plan for plan in drafting if self.ready(plan, self._size)]
-        best = max(ready or drafting, key=lambda plan: rates[plan], default=None)
-        if best is None:
+        if not any(plan.draft_length / seconds[plan] > least for plan in drafting):  # though all drafts stood
             return None, LOOK_AGAIN_MOST
-        if not self.acceptance.seen:
-            return best, FIRST_LOOK - self._pause.since
+        # Any of them shows how far drafts stand.
+        ready = [plan for plan in drafting if self.ready(plan, self._size)]
+        best = max(ready or drafting, key=lambda plan: rates[plan])
         gained = 1 + (LOOK - 1) * rates[best] * seconds[best]
-        lost = LOOK * seconds[best] / seconds[plain] - gained + (STAGGER if self._size > 1 else 0)  # in plain forwards
-        return best, max(self._pause.patience, math.ceil(lost / LOOK_SHARE)) - self._pause.since
+        lost = LOOK * seconds[best] / seconds[plain] - gained  # in plain forwards
+        lost += (STAGGER if self._size > 1 else 0) + (0 if ready else CAPTURE)
+        patience, share = (self._pause.patience, LOOK_SHARE) if self.acceptance.seen else (1, FIRST_LOOK_SHARE)
+        return best, max(patience, math.ceil(lost / share)) - self._pause.since

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -90,12 +90,13 @@ class Plan:
         """Query tokens a row in one forward."""
         return self.draft_length * (1 + self.blocks) + len(self.leaves)
 
-    @property
+    @cached_property
     def key(self) -> Plan:
         """The plan without its seed, and its outcomes and leaves counted: what decides a captured step."""
         return replace(self, params=self.params.unseeded, outcomes=self.blocks, alternatives=len(self.leaves))
 
 
+@cache
 def choose_leaves(draft_length: int, count: int) -> tuple[tuple[int, int], ...]:
     """The `count` leaves that are likeliest to be hit: early drafts are judged more often, second choices hit more."""
     leaves = [(draft, rank) for draft in range(draft_length - 1) for rank in range(ALTERNATIVES)]
