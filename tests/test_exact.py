@@ -229,7 +229,7 @@ class Late(Runner):
         return 1 << (rows - 1).bit_length()
 
     def step(self, plan: Plan, rows: int, longest: int) -> Pending:
-        return Pending(step(self.network, self.state.first(rows), plan).packed)
+        return Pending(step(self.network, self.state.first(rows, plan), plan).packed)
 
 
 @settings(max_examples=25)

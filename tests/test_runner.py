@@ -190,9 +190,57 @@ def test_samples_are_those_of_the_eager_runner_and_a_new_seed_needs_no_new_graph
     graphs = []
     for plan, wanted in zip(plans, eager, strict=True):
         assert decode(network, plan, [0, 1, 2, 3, 4, 0], 3) == wanted
-        graphs.append(set(runner.graphs))
+        graphs.append({key[0] for key in runner.graphs})  # of which plans; sizes depend on which row ends when
     assert eager[0] != eager[1]
     assert graphs[0] == graphs[1]
+
+
+def test_greedy_and_sampled_runs_in_turn_forget_no_graph(monkeypatch):
+    """Greedy steps over a state that can be sampled keep no probabilities."""
+    network = tiny_network("llama")
+    plans = [Plan(4), Plan(4, SAMPLED)]
+    wanted = [decode(network, plan, [0, 1, 2], 3) for plan in plans]
+    runner = Replayed(network)
+    monkeypatch.setattr("tidar.decode.engine.runner_for", lambda network: runner)
+    made = list[int]()
+    for _ in range(3):
+        for plan, tokens in zip(plans, wanted, strict=True):
+            assert decode(network, plan, [0, 1, 2], 3) == tokens
+        made.append(len(runner.made))
+    assert made[1] == made[2]
+    probabilities = runner.state.draft_probs.probs.clone()
+    assert decode(network, plans[0], [0, 1, 2], 3) == wanted[0]
+    assert runner.state.draft_probs.probs.equal(probabilities)
+    runner.prepare(3, runner.state.cache.capacity + 1, plans[0])
+    assert runner.state.draft_probs is not None  # a larger one can do what the old one could
+
+
+@pytest.mark.parametrize("most", [1, 2, 7])
+@pytest.mark.parametrize("plan", [Plan(1), Plan(4)])
+def test_no_forward_is_launched_for_tokens_that_are_on_their_way(most, plan, monkeypatch):
+    """Of plain decoding that is known: the prefill's token, and one a forward."""
+    network, launched = tiny_network("llama"), []
+    runner = Replayed(network)
+    monkeypatch.setattr("tidar.decode.engine.runner_for", lambda network: runner)
+    own = runner.step
+    runner.step = lambda *given: launched.append(given) or own(*given)
+    answers = {}
+    for updates in Engine(network, plan).run(PROMPTS[:3], Limits(most), 3):
+        answers.update({u.answer.row: u.answer for u in updates})
+    assert [answers[row].token_ids for row in range(3)] == [c[:most] for c in continuations("llama")[:3]]
+    needed = max(answer.forwards for answer in answers.values()) - 1
+    assert len(launched) == needed if not plan.drafting else needed <= len(launched) <= min(most - 1, needed + 1)
+
+
+def test_the_first_token_does_not_wait_until_a_step_is_captured(monkeypatch):
+    network = tiny_network("llama")
+    runner = Replayed(network)
+    monkeypatch.setattr("tidar.decode.engine.runner_for", lambda network: runner)
+    for captured in (False, True):
+        run = Engine(network, Plan(4)).run(PROMPTS[:1], Limits(9))
+        assert len(next(run)[0].answer.token_ids) == 1
+        assert any("step" in what for what in runner.made) == captured
+        list(run)
 
 
 def test_what_was_captured_while_measuring_is_what_the_run_replays(monkeypatch):

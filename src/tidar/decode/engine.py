@@ -75,6 +75,7 @@ class Row:
     """A running row: its answer, how many new tokens fit, and the tokens in its cache.
 
     streaming: whether its text is followed as it grows, for whoever reads it or for stop strings.
+    under_way: forwards that were launched for it and not read back yet; each gives it a token at least.
     """
 
     answer: Answer
@@ -83,6 +84,12 @@ class Row:
     room: int
     length: int
     started: float
+    under_way: int = 0
+
+    @property
+    def wants(self) -> bool:
+        """Whether it needs another forward, whatever those under way bring."""
+        return self.answer.finish_reason is None and self.answer.new_tokens + self.under_way < self.room
 
 
 class Planner(Protocol):
@@ -202,23 +209,25 @@ class Engine:
                 joining, idle = [waiting.popleft() for _ in range(min(len(places), len(waiting)))], 0
                 slots = list(slots)  # a forward that is under way keeps its own
                 running.append(self._admit(runner, places, joining, slots, prompts, limits, not waiting))
-                while len(running) > runner.lag:
-                    yield running.popleft()()
-                slots = _running(slots)
             elif not waiting:
                 slots = _compact(runner, state, slots)
-            if any(slots):
+            if _wanting(slots):
+                plan = self.planner.choose(len(slots), not waiting)
+                # To capture a step takes long: what is known by then comes first.
+                yield from _read(running, runner.lag if runner.ready(plan, len(slots)) else 0)
+                slots = _running(slots)
+            if _wanting(slots):
                 runner.set_active([row is not None for row in slots])
                 longest = max(row.length for row in slots if row is not None)
-                plan = self.planner.choose(len(slots), not waiting)
                 pending = runner.step(plan, len(slots), longest)
+                for row in slots:
+                    if row is not None:
+                        row.under_way += 1
                 running.append(partial(self._collect, slots, plan, pending, limits))
-            # A device that is a step ahead: a row that ends is noticed one forward late, and that one is not counted.
-            while running and (len(running) > runner.lag or not any(slots)):
-                updates = running.popleft()()
-                slots = _running(slots)
-                if updates:
-                    yield updates
+            # A device that is a step ahead: a row that ends early is noticed one forward late, and that is not counted.
+            yield from _read(running, runner.lag if _wanting(slots) else 0)
+            slots = _running(slots)
+        yield from _read(running, 0)
 
     def _admit(
         self,
@@ -236,16 +245,22 @@ class Engine:
         places = places[: len(joining)]
         admitted = runner.admit([prompts[i] for i in ids], ids, places, self.planner.first(len(slots), last))
         for place, row in zip(places, joining, strict=True):
-            slots[place], row.started = row, started
-        return lambda: [extend(row, [token], limits) for row, token in zip(joining, admitted.tokens(), strict=True)]
+            slots[place], row.started, row.under_way = row, started, 1
+
+        def first_tokens() -> list[Update]:
+            tokens = admitted.tokens()
+            for row in joining:
+                row.under_way -= 1
+            return [extend(row, [token], limits) for row, token in zip(joining, tokens, strict=True)]
+
+        return first_tokens
 
     def _collect(self, slots: list[Row | None], plan: Plan, pending: Pending, limits: Limits) -> list[Update]:
         """What a forward gave the rows that were running when it began and have not ended since."""
-        gained = [
-            (row, gain)
-            for row, gain in zip(slots, pending.get(), strict=True)
-            if row is not None and row.answer.finish_reason is None
-        ]
+        begun = [(row, gain) for row, gain in zip(slots, pending.get(), strict=True) if row is not None]
+        for row, _ in begun:
+            row.under_way -= 1
+        gained = [(row, gain) for row, gain in begun if row.answer.finish_reason is None]
         if gained:
             self.planner.observe(plan, [gain for _, gain in gained])
         for row, gain in gained:
@@ -265,6 +280,17 @@ def new_row(
     stream = TextStream(tokenizer, limits.stop) if tokenizer is not None else None
     room = room_for(network, prompt, limits.max_new_tokens, index)
     return Row(Answer(index), stream, streaming or bool(limits.stop), room, len(prompt), 0.0)
+
+
+def _read(running: deque[Callable[[], list[Update]]], most: int) -> Iterator[list[Update]]:
+    """What forwards gave, until at most `most` of them are under way."""
+    while len(running) > most:
+        if updates := running.popleft()():
+            yield updates
+
+
+def _wanting(slots: list[Row | None]) -> bool:
+    return any(row is not None and row.wants for row in slots)
 
 
 def _running(slots: list[Row | None]) -> list[Row | None]:

@@ -144,7 +144,7 @@ class Runner:
     def step(self, plan: Plan, rows: int, longest: int) -> Pending:
         """One forward over the first `rows` rows; `longest` is the largest of their lengths, known as nothing lags."""
         assert self.state is not None
-        state = self.state.first(rows)
+        state = self.state.first(rows, plan)
         return Pending(step(self.network, state, plan, longest, self.observer).packed, state.logprobs)
 
 
@@ -209,11 +209,12 @@ class GraphRunner(Runner):
             and rows <= len(held.drafts)
             and capacity <= held.cache.capacity
             and plan.draft_length <= held.drafts.shape[1]
-            and sampled == (held.draft_probs is not None)
+            and (held.draft_probs is not None or not sampled)
         ):
             held.active.zero_()
             return held
         length = plan.draft_length if held is None else max(plan.draft_length, held.drafts.shape[1])
+        sampled |= held is not None and held.draft_probs is not None
         rows, capacity = self._grown(rows, capacity)
         self.forget()
         self.state = held = None  # its memory first
@@ -314,7 +315,7 @@ class GraphRunner(Runner):
 
     def _capture_step(self, plan: Plan, rows: int) -> Captured:
         assert self.state is not None
-        state = self.state.first(rows)
+        state = self.state.first(rows, plan)
         tensors = [state.cache.lengths, *state.tensors()]
         kept = [tensor.clone() for tensor in tensors]
         graph, result = self.record(
@@ -385,16 +386,17 @@ def power_of_two(least: int) -> int:
 
 
 def runner_for(network: Network) -> Runner:
-    """The runner of a network: kept with it on a GPU, a new one elsewhere, or while that one is in use.
+    """The runner of a network: kept with it on a GPU, a new one elsewhere and while that one is in use.
 
     Whatever was built from the network's weights is built again if they have changed.
     """
     prepare_fused(network)
     if network.device.type != "cuda":
         return Runner(network)
-    if not isinstance(network.runner, GraphRunner):
+    # One in use may belong to a stream that nobody reads any more: later runs share the newest.
+    if not isinstance(network.runner, GraphRunner) or network.runner.busy:
         network.runner = GraphRunner(network)
-    return GraphRunner(network) if network.runner.busy else network.runner
+    return network.runner
 
 
 @contextmanager

@@ -185,12 +185,16 @@ class State:
         own = self.drafts, self.drafted, self.known, self.confidence, self.alternatives, self.seeds, self.active
         return [*own, *(self.draft_probs or ())]
 
-    def first(self, rows: int) -> State:
-        """The first `rows` rows, in the same memory."""
-        if rows == len(self.drafts):
+    def first(self, rows: int, plan: Plan) -> State:
+        """What a step of `plan` over the first `rows` rows works on, in the same memory.
+
+        Greedy steps do without draft_probs, which are one operation more and mean nothing to them.
+        """
+        needless = plan.params.greedy and self.draft_probs is not None
+        if rows == len(self.drafts) and not needless:
             return self
         drafts, drafted, known, confidence, alternatives, seeds, active, *probs = (t[:rows] for t in self.tensors())
-        kept, cache = DraftProbs(*probs) if probs else None, self.cache.first(rows)
+        kept, cache = DraftProbs(*probs) if probs and not needless else None, self.cache.first(rows)
         return State(cache, drafts, drafted, known, confidence, alternatives, kept, seeds, active)
 
     @torch.inference_mode()
