@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 PIP := $(VENV)/bin/python -m pip install -q --disable-pip-version-check
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-browser test-vllm lint docs gpu-check ranks-check clean
+.PHONY: demo test test-browser test-vllm lint docs gpu-check compile-check ranks-check clean
 
 demo: $(STAMP)
 	$(VENV)/bin/python examples/demo.py
@@ -31,6 +31,10 @@ lint: $(STAMP)
 GPU_PYTHON ?= $(VENV)/bin/python
 gpu-check:
 	$(GPU_PYTHON) tests/gpu_check.py
+
+# Without a GPU: every kernel compiles for, and fits into, each kind of GPU. `make test` asks for two of them.
+compile-check: $(STAMP)
+	CAPABILITIES="80 89 90 100 120" $(VENV)/bin/python -m pytest -n auto tests/test_compiles.py
 
 # With two GPUs: whether DDP and FSDP2 compute one GPU's gradients, step by step.
 ranks-check:

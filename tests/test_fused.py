@@ -75,6 +75,20 @@ def test_a_model_that_behaves_differently_keeps_its_modules():
     assert network.fused is None
 
 
+def test_where_a_kernel_fails_the_stock_modules_run(monkeypatch, capsys):
+    def fails(*given):
+        raise RuntimeError("out of resource: shared memory")
+
+    network = tiny_network("llama")
+    monkeypatch.setattr("tidar.model.packed.PackedBackbone.__call__", fails)
+    fuse(network)
+    assert network.fused is None
+    assert "do not run here (out of resource" in capsys.readouterr().err
+    monkeypatch.setattr("tidar.decode.runner.FAILURES", ())
+    with pytest.raises(RuntimeError, match="out of resource"):
+        fuse(network)
+
+
 def test_stock_modules_keep_working_beside_the_fused_twin(tmp_path):
     network, untouched = tiny_network("llama"), tiny_network("llama")
     ids = torch.tensor([some_prompt(9)])

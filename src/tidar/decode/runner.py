@@ -20,12 +20,15 @@ from torch import Tensor
 
 from tidar.decode.cache import ROUND, RowCache
 from tidar.decode.step import Observer, Plan, State, StepResult, pack_prompts, prefill, prefill_rows, step
+from tidar.kernels.launch import triton
 from tidar.layout import prefill_layout
 from tidar.model.network import Network
 from tidar.sampling import Logprobs, MixedParams
 
 FUSED_ERROR, FUSED_ERROR_16_BIT = 1e-3, 0.1
 """Relative difference of the median final state that rounding explains."""
+FAILURES = (RuntimeError,) if triton is None else (RuntimeError, triton.TritonError)
+"""What a kernel that does not compile, or does not fit into a GPU, raises."""
 MOST_GRAPHS = 256
 """Captured graphs that are kept; a server may be asked for any number of temperatures."""
 CAPACITY = 1024
@@ -434,21 +437,34 @@ def release(network: Network) -> None:
 @torch.inference_mode()
 def fuse(network: Network) -> None:
     """Give the network its fused backbone, if it has one that says the same as the stock modules on a few tokens."""
+    network.fused = None
     fused = network.build_fused()
     if fused is None:
         return
-    device = network.device
-    # From all over the vocabulary: its first tokens are often special, and a row of those is mostly rounding.
-    ids = torch.arange(1, 49, device=device)[None] * 7919 % network.vocabulary
-    layout = prefill_layout(torch.tensor([48], device=device), 48, 4 if network.can_draft else 0)
-    said = []
-    for network.fused in (None, fused):
-        cache = RowCache(1, layout.size, device)
-        cache.reserve(layout.size)
-        said.append(network(ids, layout, cache, fused=True)[0].double())
-    error = float(((said[0] - said[1]).norm(dim=-1) / said[0].norm(dim=-1)).median())
+    wanted = _say_something(network)
+    network.fused = fused
+    try:
+        said = _say_something(network)
+    except FAILURES as failure:
+        if isinstance(failure, torch.OutOfMemoryError):
+            raise
+        network.fused = None
+        print(f"fused layers do not run here ({failure}): decoding without them, slowly", file=sys.stderr)
+        return
+    error = float(((wanted - said).norm(dim=-1) / wanted.norm(dim=-1)).median())
     if not error < (FUSED_ERROR if network.lm.dtype.itemsize > 2 else FUSED_ERROR_16_BIT):
         print(
             f"fused layers differ from the model's own by {error:.1%}: decoding without them, slowly", file=sys.stderr
         )
         network.fused = None
+
+
+def _say_something(network: Network) -> Tensor:
+    """[48, H] float64 final hidden states of a few tokens, and masks behind them if it has any."""
+    device = network.device
+    # From all over the vocabulary: its first tokens are often special, and a row of those is mostly rounding.
+    ids = torch.arange(1, 49, device=device)[None] * 7919 % network.vocabulary
+    layout = prefill_layout(torch.tensor([48], device=device), 48, 4 if network.can_draft else 0)
+    cache = RowCache(1, layout.size, device)
+    cache.reserve(layout.size)
+    return network(ids, layout, cache, fused=True)[0].double()

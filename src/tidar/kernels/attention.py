@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tidar.kernels.launch import options, prefetch, processors, tl, triton
+from tidar.kernels.launch import options, prefetch, processors, stages_for, tl, triton
 from tidar.layout import Layout
 
 MOST_SPLITS = 32
@@ -46,12 +46,17 @@ class Plan(NamedTuple):
     early: bool
 
 
-def plan_for(rows: int, pairs: int, capacity: int, width: int, sms: int) -> Plan:
-    """The cut for `rows` rows a KV head, `pairs` (row of the batch, KV head) and a GPU of `sms` multiprocessors.
+def plan_for(rows: int, pairs: int, capacity: int, query: Tensor) -> Plan:
+    """The cut for `rows` rows a KV head of `query` [..., D], and `pairs` (row of the batch, KV head).
 
     It knows the cache's capacity and not the prefix, so that a captured graph fits every prefix length; the numbers
-    were measured on an H100 with the cache half full. `width` is the bytes of an element.
+    were measured on an H100 with the cache half full.
     """
+    return _fitted(_best_plan(rows, pairs, capacity, query.element_size(), processors(query.device)), query)
+
+
+def _best_plan(rows: int, pairs: int, capacity: int, width: int, sms: int) -> Plan:
+    """The cut for elements of `width` bytes and `sms` multiprocessors, were there room for everything."""
     tile = min(64, max(16, 1 << (rows - 1).bit_length()))
     programs = pairs * -(-rows // tile)
     keys = 64 if width < 4 else 32
@@ -66,6 +71,17 @@ def plan_for(rows: int, pairs: int, capacity: int, width: int, sms: int) -> Plan
     splits = max(1, min(splits, -(-capacity // keys), MOST_SPLITS))
     early = capacity <= 256 * splits
     return Plan(tile, keys, keys, 2 if early or width == 4 else 3, splits, early)
+
+
+def _fitted(plan: Plan, query: Tensor) -> Plan:
+    """The same with fewer tiles in flight, or smaller ones, where a GPU's shared memory cannot hold them."""
+    width, dim = query.element_size(), triton.next_power_of_2(query.shape[-1])
+    while True:
+        rest = plan.tile * (dim + plan.keys) * width
+        stages = stages_for(query.device, plan.stages, 2 * plan.keys * dim * width, rest)
+        if stages >= 2 or plan.tile == 16:
+            return plan._replace(stages=max(1, stages))
+        plan = plan._replace(keys=plan.keys // 2) if plan.keys > 32 else plan._replace(tile=plan.tile // 2)
 
 
 def step_attention_eager(query: Tensor, keys: Tensor, values: Tensor, layout: Layout, scale: float) -> Tensor:
@@ -93,7 +109,7 @@ def step_attention(query: Tensor, keys: Tensor, values: Tensor, layout: Layout, 
     kv_heads, capacity = keys.shape[1:3]
     groups, pairs = heads // kv_heads, batch * kv_heads
     rows = groups * slots
-    plan = plan_for(rows, pairs, capacity, query.element_size(), processors(query.device))
+    plan = plan_for(rows, pairs, capacity, query)
     splits, merged_rows = plan.splits, 4 if plan.tile == 64 else 1
     out = torch.empty_like(query)
     partial, lse = out, out

@@ -1,4 +1,4 @@
-"""What all kernels share: when they can run, and programmatic dependent launch.
+"""What all kernels share: when they can run, how much fits into a multiprocessor, programmatic dependent launch.
 
 On Hopper and later a kernel may be scheduled while the one before it still runs; it must then wait before touching
 that one's results. What it reads before waiting (weights, the cached prefix) overlaps with its predecessors' tails,
@@ -47,6 +47,36 @@ def options(device: torch.device) -> dict[str, bool]:
     """Launch options every kernel takes."""
     early = dependent_launch(device)
     return {"PDL": early, "launch_pdl": early} if early else {"PDL": False}
+
+
+SHARED = 227 << 10
+"""Bytes of shared memory that a program can have on an H100; GPUs for desktops have 99 KB."""
+BARRIERS = 1 << 10
+"""Bytes of it that are left for what Triton itself keeps there."""
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program can have on a GPU (an H100's elsewhere)."""
+    if device.type != "cuda":
+        return SHARED
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+
+
+@functools.cache
+def multiplies_from_shared(device: torch.device) -> bool:
+    """Whether tensor cores read tiles where they arrive (compute capability 9 to 11), not out of registers."""
+    return device.type != "cuda" or 9 <= torch.cuda.get_device_capability(device)[0] <= 11
+
+
+def stages_for(device: torch.device, wanted: int, tile: int, rest: int = 0) -> int:
+    """How many tiles a loop can have in flight, at most `wanted`; below 2 there is no room for it.
+
+    `tile` is the bytes of one, `rest` what the program keeps there beside them. A tile that goes through registers
+    needs no room while it is multiplied.
+    """
+    held = (shared_memory(device) - BARRIERS - rest) // tile
+    return min(wanted, held if multiplies_from_shared(device) else held + 1)
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tidar.kernels.launch import options, prefetch, tl, triton
+from tidar.kernels.launch import options, prefetch, stages_for, tl, triton
 from tidar.kernels.weights import QuantWeight
 
 CACHE_LINE = 128
@@ -51,6 +51,7 @@ def linear(x: Tensor, weight: Tensor | QuantWeight, tiling: Tiling | None = None
             return torch.mm(x, weight.to(x.dtype).t(), out_dtype=torch.float32)[None]
         return linear_eager(x, weight)
     first, second = tile_rows(tokens)
+    tile = tiling.columns * (tiling.rows * values.element_size() + (first + second) * x.element_size())
     whole = tiling.split == 1 and not unrounded
     y = x.new_empty(tiling.split, tokens, out, dtype=x.dtype if whole else torch.float32)
     _linear[(triton.cdiv(out, tiling.rows), tiling.split)](
@@ -71,7 +72,7 @@ def linear(x: Tensor, weight: Tensor | QuantWeight, tiling: Tiling | None = None
         SCALED=scale is not None,
         LINES=max(1, tiling.columns * values.element_size() // CACHE_LINE),
         num_warps=tiling.warps,
-        num_stages=tiling.stages,
+        num_stages=max(1, stages_for(x.device, tiling.stages, tile)),
         **options(x.device),
     )
     return y

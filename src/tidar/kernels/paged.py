@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tidar.kernels.attention import _fold, _visible, _weigh, plan_for
-from tidar.kernels.launch import processors, tl, triton
+from tidar.kernels.launch import tl, triton
 from tidar.layout import descends
 
 MOST_KEYS = 4096
@@ -82,7 +82,7 @@ def paged_attention(
     page, kv_heads = keys.shape[1:3]
     groups, pairs = heads // kv_heads, len(requests) * kv_heads
     rows = groups * slots
-    plan = plan_for(rows, pairs, min(most_keys, MOST_KEYS), query.element_size(), processors(query.device))
+    plan = plan_for(rows, pairs, min(most_keys, MOST_KEYS), query)
     partial, lse = out, out
     if plan.splits > 1:
         partial = query.new_empty(pairs, plan.splits, rows, dim, dtype=torch.float32)
