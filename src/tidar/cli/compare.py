@@ -124,9 +124,7 @@ def write_report(
     """Write OUT.html and OUT.md, and print where and what is shown."""
     analysis = analyse(result, baseline, scores)
     for ending, text in ((".md", to_markdown(analysis)), (".html", to_html(analysis))):
-        path = files.named(out, ending)
-        files.check_writable(path)
-        path.write_text(text, encoding="utf-8")
+        files.write_text(files.named(out, ending), text)
     print("\n".join(analysis.findings))
     print(f"wrote {files.named(out, '.html')} and {files.named(out, '.md')}", file=sys.stderr)
 
