@@ -479,6 +479,7 @@ def test_costs_that_cannot_be_kept_are_no_error(tmp_path, monkeypatch, capsys):
         ({"outcomes": 2, "remeasure": True}, "fix the plan"),
         ({"trust": 0.5, "plan": "auto"}, "fix the plan"),
         ({"plan": "best"}, "must be 'auto' or 'fixed'"),
+        ({"plan": "fixed", "remeasure": True}, "leave it or remeasure"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(options, message):
