@@ -65,11 +65,16 @@ Weights = Annotated[
 
 
 def load(model: str, drafter: str | None, device: str | None, dtype: str | None, weights: str | None) -> TidarModel:
-    """Load quietly: stdout belongs to the answer."""
-    hf_logging.disable_progress_bar()
-    hf_logging.set_verbosity_error()
+    """Load quietly, so that the terminal belongs to the answer."""
+    be_quiet()
     with memory_for("the model's weights", "take a smaller model, a --dtype of 16 bits, or a device with more memory"):
         return TidarModel.from_pretrained(model, drafter=drafter, device=device, dtype=dtype, weights=weights)
+
+
+def be_quiet() -> None:
+    """Let transformers show neither progress bars nor warnings."""
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
 
 
 def check_counts(**counts: int | None) -> None:
