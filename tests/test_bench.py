@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tidar import TidarModel
-from tidar.bench import machine, shapes, slots
+from tidar.bench import machine, shapes, slots, speed
 from tidar.decode.step import Plan
 from tidar.errors import TidarError
 from tiny import CONTEXT, tiny_folder, tiny_network
@@ -252,3 +252,16 @@ def test_what_was_measured_survives_an_interruption(run, folder, tmp_path, monke
     assert code != 0
     (curve,) = json.loads(out.with_suffix(".json").read_text())["curves"]
     assert [step["ar_steps"] for step in curve["steps"]] == [1.0, 1.5]
+
+
+def test_a_peer_that_fails_leaves_the_models_attention_as_it_was(folder, monkeypatch):
+    model = TidarModel.from_pretrained(folder, device="cpu", dtype="float32")
+    before = model.hf_model.config._attn_implementation
+
+    def fail(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(model.hf_model, "generate", fail)
+    with pytest.raises(RuntimeError):
+        speed.transformers_generate(model)(["what?"], 1, 2)
+    assert model.hf_model.config._attn_implementation == before

@@ -6,6 +6,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,38 +44,56 @@ def ours(model: TidarModel, **options: Any) -> Runner:
     return run
 
 
-def transformers_generate(model: TidarModel, **options: Any) -> Runner:
-    """transformers' generate on the same weights, left-padded batches, sdpa attention."""
-
-    @torch.inference_mode()
-    def run(prompts: list[Prompt], batch: int, new: int) -> Run:
-        tokenizer, lm, device = model.tokenizer, model.hf_model, model.network.device
-        assert tokenizer is not None
-        eos = sorted(model.network.eos_ids)
-        ours_before = lm.config._attn_implementation
+@contextmanager
+def peer_attention(*models: TidarModel) -> Iterator[None]:
+    """Meanwhile models attend as they do for users of transformers."""
+    lms = [model.hf_model for model in models]
+    before = [lm.config._attn_implementation for lm in lms]
+    for lm in lms:
         lm.set_attn_implementation("sdpa")
-        answers: list[list[int]] = []
-        started = time.perf_counter()
-        for at in range(0, len(prompts), batch):
-            rows = [encode_prompt(tokenizer, prompt) for prompt in prompts[at : at + batch]]
-            width = max(map(len, rows))
-            ids = torch.tensor([[0] * (width - len(r)) + r for r in rows], device=device)
-            mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
-            greedy = {"do_sample": False, "eos_token_id": eos, "pad_token_id": 0, "max_new_tokens": new}
-            out = lm.generate(ids, attention_mask=mask, **greedy, **options)
-            answers += [_until(row, set(eos)) for row in out[:, width:].tolist()]
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
-        lm.set_attn_implementation(ours_before)
-        return Run(seconds, answers, None)
-
-    return run
+    try:
+        yield
+    finally:
+        for lm, name in zip(lms, before, strict=True):
+            lm.set_attn_implementation(name)
 
 
-def _until(tokens: list[int], eos: set[int]) -> list[int]:
+@torch.inference_mode()
+def peer_generate(model: TidarModel, rows: list[list[int]], new: int, **options: Any) -> list[list[int]]:
+    """transformers' generate, greedy unless told otherwise: new tokens of each row, with the end of sequence."""
+    width, room, eos = max(map(len, rows)), model.network.max_positions, sorted(model.network.eos_ids)
+    padded = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=model.network.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.network.device)
+    out = model.hf_model.generate(
+        padded,
+        attention_mask=mask,
+        max_new_tokens=new if room is None else min(new, room - width),
+        eos_token_id=eos or None,
+        pad_token_id=eos[0] if eos else 0,
+        **{"do_sample": False, **options},
+    )
+    return [_until(row, eos) for row in out[:, width:].tolist()]
+
+
+def _until(tokens: list[int], eos: list[int]) -> list[int]:
     end = next((i for i, token in enumerate(tokens) if token in eos), len(tokens) - 1)
     return tokens[: end + 1]
+
+
+def transformers_generate(model: TidarModel, **options: Any) -> Runner:
+    """transformers' generate on the same weights, in left-padded batches."""
+
+    def run(prompts: list[Prompt], batch: int, new: int) -> Run:
+        tokenizer, answers = model.tokenizer, list[list[int]]()
+        assert tokenizer is not None
+        with peer_attention(model):
+            started = time.perf_counter()
+            for at in range(0, len(prompts), batch):
+                rows = [encode_prompt(tokenizer, prompt) for prompt in prompts[at : at + batch]]
+                answers += peer_generate(model, rows, new, **options)
+            return Run(time.perf_counter() - started, answers, None)
+
+    return run
 
 
 def contestants(model: TidarModel, peers: bool) -> dict[str, Runner]:
