@@ -187,7 +187,7 @@ def main() -> None:
     network = shapes.build("random:smollm2-135m", True, None, None)
     for length, outcomes, alternatives in slots.STEPS:
         plan = Plan(length, outcomes=outcomes, alternatives=alternatives)
-        print(f"step {plan.slots} slots (K={length}): {slots.step_seconds(network, plan, 1024) * 1e3:.3f} ms")
+        print(f"step {plan.slots} slots (K={length}): {slots.time_step(network, plan, 1024).seconds * 1e3:.3f} ms")
     print(f"gpu check passed in {time.time() - started:.0f} s")
 
 

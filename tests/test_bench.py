@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from tidar.bench import machine, shapes, slots
+from tidar import TidarModel
+from tidar.bench import machine, shapes, slots, speed
 from tidar.decode.step import Plan
 from tidar.errors import TidarError
 from tiny import CONTEXT, tiny_folder, tiny_network
@@ -19,19 +20,21 @@ def folder(tmp_path_factory):
 def test_slots_are_measured_written_and_drawn(run, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(slots, "STEPS", ((1, 0, 0), (4, 2, 3)))
     out = tmp_path / "deep" / "slots-1.5b"
-    options = ("--tokens", 4, "--tokens", 1, "--prefix", 8, "--prefix", 40, "--device", "cpu", "--dtype", "float32")
+    options = ("--tokens", 4, "--tokens", 1, "--prefix", 40, "--prefix", 8, "--device", "cpu", "--dtype", "float32")
     options += ("--weights", "int8")
     code, shown, _ = run("bench", "slots", "--model", folder, "--no-drafter", "--out", out, *options)
     assert code == 0
-    assert "AR steps" in shown
+    assert all(heading in shown for heading in ("AR", "GB/s", "warm-up"))
     result = json.loads(out.with_name("slots-1.5b.json").read_text())
     assert out.with_name("slots-1.5b.png").read_bytes().startswith(b"\x89PNG")
     assert result["weights"] == "int8"
+    # In this order, whatever was asked for: a GPU's runner keeps its largest state, and attention reads all its room.
     assert [curve["prefix"] for curve in result["curves"]] == [8, 40]
     for curve in result["curves"]:
         assert [p["tokens"] for p in curve["forward"]] == [1, 4]
         assert [(s["draft_length"], s["outcomes"], s["slots"]) for s in curve["steps"]] == [(1, 0, 1), (4, 2, 15)]
         assert all(p["ms"] > 0 and p["gb_per_s"] >= 0 and p["roofline_ms"] > 0 for p in curve["forward"])
+        assert all(s["gb_per_s"] >= 0 and s["warm_up_s"] > 0 for s in (*curve["steps"], *curve["forward"]))
         assert curve["steps"][0]["ar_steps"] == 1
     assert {"command", "device", "dtype", "commit", "torch"} <= result["conditions"].keys()
 
@@ -69,6 +72,8 @@ def test_speed_is_measured_written_and_drawn(run, folder, tmp_path):
     assert code == 0
     assert "tokens/s" in shown
     assert "mine, batch 2" in shown
+    assert "GB/s" in shown
+    assert "warm-up" in shown
     rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
     assert {(r["contestant"], r["batch"]) for r in rows} == {
@@ -81,19 +86,101 @@ def test_speed_is_measured_written_and_drawn(run, folder, tmp_path):
         assert row["new_tokens"] <= 10
         assert row["tokens_per_s"] > 0
         assert row["first_token_ms"] > 0
+        assert row["warm_up_s"] > 0
+        assert row["rows"] == row["batch"]
 
 
-def test_speed_of_some_contestants(run, folder, tmp_path):
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text('{"prompt": "what?"}\n')
-    command = ("bench", "speed", "--model", folder, "--prompts", f"mine={prompts}", "--batch", 1, "--device", "cpu")
-    options = ("--repeats", 1, "--max-new-tokens", 2, "--out", tmp_path / "speed")
-    assert run(*command, *options, "--only", "ar")[0] == 0
-    assert [row["contestant"] for row in json.loads((tmp_path / "speed.json").read_text())["rows"]] == ["ar"]
-    code, _, err = run(*command, *options, "--only", "ar", "--only", "lookup")
+@pytest.fixture
+def measure_speed(run, folder, tmp_path):
+    """`tidar bench speed` on one prompt, some two tokens: exit code, stderr and rows written."""
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "what?"}\n')
+
+    def call(*options):
+        command = ("bench", "speed", "--model", folder, "--prompts", f"mine={tmp_path}/prompts.jsonl", *options)
+        sizes = ("--device", "cpu", "--repeats", 1, "--max-new-tokens", 2, "--out", tmp_path / "speed")
+        code, _, err = run(*command, *sizes)
+        file = tmp_path / "speed.json"
+        return code, err, json.loads(file.read_text())["rows"] if file.exists() else None
+
+    return call
+
+
+def test_speed_of_some_contestants(measure_speed):
+    code, _, rows = measure_speed("--batch", 1, "--only", "ar")
+    assert code == 0
+    assert [(row["contestant"], row["identical_to_ar"]) for row in rows] == [("ar", 1)]
+    code, err, _ = measure_speed("--batch", 1, "--only", "ar", "--only", "lookup")
     assert code == 2
     assert "'lookup'" in err
     assert "transformers prompt lookup" in err
+
+
+@pytest.mark.parametrize("batches", [("--batch", 4), ("--batch", 4, "--batch", 1)])
+def test_a_contestant_that_does_not_run_at_these_batch_sizes_is_refused(batches, measure_speed):
+    code, err, rows = measure_speed(*batches, "--only", "transformers prompt lookup", "--only", "ar")
+    assert code == 2
+    assert err.startswith("tidar: --only 'transformers prompt lookup' is no contestant at batch 4")
+    assert "'ar', 'transformers generate' (" in err
+    assert err.count("\n") == 1
+    assert rows is None
+
+
+def test_answers_are_compared_with_those_of_plain_decoding_only(measure_speed):
+    code, _, rows = measure_speed("--batch", 1, "--only", "transformers generate")
+    assert code == 0
+    assert "identical_to_ar" not in rows[0]
+
+
+def test_a_batch_that_prompts_do_not_fill_says_its_rows(measure_speed):
+    code, err, rows = measure_speed("--batch", 1, "--batch", 4, "--no-peers")
+    assert code == 0
+    assert err.count("mine: batch 4 has 1 of 4 rows, for there are no more prompts\n") == 1
+    assert [(row["batch"], row["rows"]) for row in rows] == [(1, 1), (4, 1)]
+
+
+def test_where_memory_ends_what_was_measured_is_kept(measure_speed, monkeypatch):
+    def generate(self, prompts, batch_size, **options):
+        if batch_size > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, prompts, batch_size=batch_size, **options)
+
+    real = TidarModel.generate
+    monkeypatch.setattr(TidarModel, "generate", generate)
+    code, err, rows = measure_speed("--batch", 1, "--batch", 2)
+    assert code == 2
+    assert err.splitlines()[-1] == (
+        "tidar: out of memory with batch 2: lower --batch; what was measured so far is kept"
+    )
+    assert [row["batch"] for row in rows] == [1]
+
+
+def test_slots_say_at_which_batch_memory_ends(run, folder, tmp_path, monkeypatch):
+    def time_step(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(slots, "time_step", time_step)
+    command = ("bench", "slots", "--model", folder, "--no-drafter", "--device", "cpu", "--prefix", 8, "--tokens", 4)
+    code, _, err = run(*command, "--batch", 64, "--out", tmp_path / "x")
+    assert code == 2
+    assert err.startswith("tidar: out of memory with batch 64 and a prefix of 8: lower --batch")
+
+
+def test_a_model_that_cannot_draft_says_why_one_step_is_timed(run, folder, tmp_path):
+    command = ("bench", "slots", "--model", folder, "--device", "cpu", "--prefix", 8, "--tokens", 4)
+    code, _, err = run(*command, "--out", tmp_path / "x")
+    assert code == 0
+    assert "has no drafter, so of the steps only the plain one is timed; --no-drafter" in err
+    assert len(json.loads((tmp_path / "x.json").read_text())["curves"][0]["steps"]) == 1
+
+
+@pytest.mark.parametrize("ending", [".json", ".png"])
+@pytest.mark.parametrize("command", [("slots",), ("speed", "--prompts", "a=b.jsonl")])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(command, ending, run, folder, tmp_path):
+    (tmp_path / f"x{ending}").mkdir()
+    code, _, err = run("bench", *command, "--model", folder, "--out", tmp_path / "x", "--device", "cpu")
+    assert code == 2
+    assert err == f"tidar: cannot write {tmp_path}/x{ending}: it is a folder\n"
+    assert [path.name for path in tmp_path.iterdir()] == [f"x{ending}"]
 
 
 @pytest.mark.parametrize(
@@ -107,14 +194,19 @@ def test_speed_of_some_contestants(run, folder, tmp_path):
         ("slots", "--model", "random:smollm2-135m", "--dtype", "float13"),
         ("speed", "--prompts", "a=b.jsonl", "--repeats", 0),
         ("speed", "--prompts", "a=b.jsonl:0"),
+        ("speed", "--prompts", "a={prompts}:1", "--prompts", "a={prompts}"),
+        ("slots", "--out", ""),
     ],
 )
 def test_impossible_measurements_are_refused_in_one_line(options, run, folder, tmp_path):
-    kind, *rest = options
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "what?"}\n')
+    kind, *rest = (str(option).replace("{prompts}", str(tmp_path / "prompts.jsonl")) for option in options)
     model = () if "--model" in rest else ("--model", folder)
-    code, _, err = run("bench", kind, *model, *rest, "--out", tmp_path / "x", "--device", "cpu")
+    out = () if "--out" in rest else ("--out", tmp_path / "x")
+    code, _, err = run("bench", kind, *model, *rest, *out, "--device", "cpu")
     assert code == 2
     assert len([line for line in err.splitlines() if line.startswith("tidar: ")]) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]
 
 
 def test_bytes_of_a_forward_are_those_of_its_weights_and_cache():
@@ -132,7 +224,7 @@ def test_random_models_have_the_shape_of_their_namesakes(monkeypatch):
         network = shapes.build("random:smollm2-135m", drafter, "cpu", "float32")
         assert network.can_draft
         assert (network.drafter is not None) == drafter
-        assert slots.step_seconds(network, Plan(2), 4) > 0
+        assert min(slots.time_step(network, Plan(2), 4)) > 0
     with pytest.raises(TidarError, match="there are"):
         shapes.build("random:gpt-5", True, None, None)
 
@@ -147,16 +239,29 @@ def test_median_seconds_leaves_out_the_warmup():
 def test_what_was_measured_survives_an_interruption(run, folder, tmp_path, monkeypatch):
     seconds = iter([0.5, 0.75])
 
-    def step_seconds(*arguments):
+    def time_step(*arguments):
         try:
-            return next(seconds)
+            return slots.Timed(next(seconds), 1.0)
         except StopIteration:
             raise KeyboardInterrupt from None
 
-    monkeypatch.setattr(slots, "step_seconds", step_seconds)
+    monkeypatch.setattr(slots, "time_step", time_step)
     out = tmp_path / "slots"
     options = ("--no-drafter", "--out", out, "--device", "cpu", "--prefix", 8, "--tokens", 4)
     code, _, _ = run("bench", "slots", "--model", folder, *options)
     assert code != 0
     (curve,) = json.loads(out.with_suffix(".json").read_text())["curves"]
     assert [step["ar_steps"] for step in curve["steps"]] == [1.0, 1.5]
+
+
+def test_a_peer_that_fails_leaves_the_models_attention_as_it_was(folder, monkeypatch):
+    model = TidarModel.from_pretrained(folder, device="cpu", dtype="float32")
+    before = model.hf_model.config._attn_implementation
+
+    def fail(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(model.hf_model, "generate", fail)
+    with pytest.raises(RuntimeError):
+        speed.transformers_generate(model)(["what?"], 1, 2)
+    assert model.hf_model.config._attn_implementation == before

@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from tidar import TidarModel
@@ -340,3 +341,80 @@ def test_a_layer_that_sees_flattened_tokens_is_named_with_the_way_out(run, tmp_p
     assert code == 2
     assert "model.decoder.layers.0.fc1 sees its tokens flattened" in err
     assert "--target" in err
+
+
+MEMORY = {
+    "CUDA out of memory. Tried to allocate 20.00 GiB.\nmore": torch.OutOfMemoryError,
+    "DefaultCPUAllocator: can't allocate memory: you tried to allocate 40 bytes.": RuntimeError,
+    "Unable to allocate 8 GiB": MemoryError,
+}
+
+
+@pytest.mark.parametrize(("says", "kind"), MEMORY.items())
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--prompts", "{file}", "--batch-size", "64"], "batch size 3: lower --batch-size or --max-new-tokens"),
+        (["hello"], "one prompt: shorten it or lower --max-new-tokens"),
+    ],
+)
+def test_where_memory_ends_one_line_says_what_needs_less(given, said, says, kind, run, folder, tmp_path, monkeypatch):
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "x"}\n' * 3)
+
+    def no_memory(*_, **__):
+        try:
+            raise kind(says)
+        except kind:
+            raise RuntimeError("capture failed") from None  # what capturing a graph makes of it
+
+    monkeypatch.setattr("tidar.decode.engine.Engine.run", no_memory)
+    given = [text.replace("{file}", str(file)) for text in given]
+    code, _, err = run("generate", *given, "--model", folder, "--device", "cpu")
+    assert code == 2
+    assert err == f"tidar: out of memory with {said}\n"
+
+
+def test_where_memory_ends_a_chat_goes_on(run, folder, monkeypatch):
+    lines = iter(["hello", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+
+    def stream(self, messages, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+        yield
+
+    monkeypatch.setattr(TidarModel, "stream", stream)
+    code, _, err = run("chat", "--model", folder, "--device", "cpu")
+    assert code == 0
+    assert "out of memory with this conversation: shorten it" in err
+
+
+def test_any_command_says_in_one_line_that_memory_ended(run, folder, monkeypatch):
+    def load(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(TidarModel, "from_pretrained", load)
+    code, _, err = run("generate", "x", "--model", folder)
+    assert code == 2
+    assert err.startswith("tidar: out of memory with the model's weights: ")
+    monkeypatch.setattr("tidar.cli.generate.Placed", load)
+    code, _, err = run("generate", "x", "--model", folder)
+    assert code == 2
+    assert err.startswith("tidar: out of memory with this command: ")
+
+
+def test_other_failures_keep_their_traceback(run, folder, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr("tidar.decode.engine.Engine.run", fail)
+    with pytest.raises(RuntimeError, match="of ours"):
+        run("generate", "x", "--model", folder, "--device", "cpu")
+
+
+def test_a_check_of_files_leaves_none_behind(run, folder, tmp_path):
+    (tmp_path / "link.html").symlink_to(tmp_path / "target.html")
+    for out in ("new/x.html", "link.html"):
+        code, _, _ = run("trace", "x", "--model", folder, "--out", tmp_path / out, "--max-new-tokens", 0)
+        assert code == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["link.html"]

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tidar import TidarModel
+from tidar.decode.engine import Engine
 from tidar.decode.hf import make_custom_generate
 from tidar.decode.step import Plan
 from tidar.errors import TidarError
@@ -94,3 +96,35 @@ def test_options_that_cannot_be_honoured_are_refused(options):
 def test_method_of_another_model_is_refused():
     with pytest.raises(TidarError, match="another model"):
         generate(network_of("qwen2").lm, *left_padded(), max_new_tokens=3, custom_generate=custom(network_of("llama")))
+
+
+def test_the_plan_is_that_of_the_model(monkeypatch):
+    model, given, real = TidarModel(network_of("llama"), None), [], Engine.__init__
+
+    def engine(self, network, plan, *rest):
+        given.append(plan)
+        real(self, network, plan, *rest)
+
+    monkeypatch.setattr(Engine, "__init__", engine)
+    for options in ({"plan": "fixed"}, {"draft_length": 3, "outcomes": 2, "alternatives": 1}, {"mode": "ar"}):
+        generate(model.hf_model, *left_padded(), max_new_tokens=3, custom_generate=model.custom_generate(**options))
+    params = SamplingParams()
+    assert given == [Plan(4, params), Plan(3, params, 2, 1), Plan(1, params)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"plan": "best"}, "plan is 'best'"),
+        ({"draft_length": 4, "alternatives": 99}, "alternatives is 99"),
+        ({"outcomes": 2, "plan": "auto"}, "fix the plan"),
+    ],
+)
+def test_plans_that_cannot_be_honoured_are_refused_before_anything_runs(options, message):
+    with pytest.raises(TidarError, match=message):
+        TidarModel(network_of("llama"), None).custom_generate(**options)
+
+
+def test_options_of_plan_that_make_no_sense_here_are_refused_by_name():
+    with pytest.raises(TypeError, match="remeasure"):
+        TidarModel(network_of("llama"), None).custom_generate(remeasure=True)

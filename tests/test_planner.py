@@ -588,6 +588,7 @@ def test_a_batch_that_shrinks_works_nothing_out_twice(monkeypatch):
         ({"outcomes": 2, "remeasure": True}, "fix the plan"),
         ({"trust": 0.5, "plan": "auto"}, "fix the plan"),
         ({"plan": "best"}, "must be 'auto' or 'fixed'"),
+        ({"plan": "fixed", "remeasure": True}, "leave it or remeasure"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(options, message):

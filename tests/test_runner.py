@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tidar.bench import slots
 from tidar.decode import runner as module
 from tidar.decode.cache import RowCache
 from tidar.decode.engine import Engine, Fixed, Limits
@@ -386,3 +387,12 @@ def test_a_benchmark_captures_every_size_at_once(monkeypatch):
     assert len(runner.graphs) == 1
     runner.admit(PROMPTS[:2], [0, 1], [0, 1], Plan(4))
     assert len(runner.graphs) == 1
+
+
+def test_a_forward_is_timed_as_a_graph_of_the_runner(monkeypatch):
+    network = network_of("llama")
+    runner = Replayed(network)
+    monkeypatch.setattr(slots, "runner_for", lambda network: runner)
+    timed = slots.time_forward(network, 4, 8, 2)
+    assert runner.made == ["a forward of 4 tokens x 2 rows"]
+    assert timed.warm_up > timed.seconds > 0

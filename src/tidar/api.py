@@ -99,6 +99,8 @@ class TidarModel:
             if named or plan is not None or remeasure:
                 raise TidarError(f"mode 'ar' drafts nothing: {DRAFTING} are options of mode 'tidar'")
             return Plan(1, params)
+        if plan == "fixed" and remeasure:
+            raise TidarError("plan 'fixed' needs no costs: leave it or remeasure, which is for plan 'auto', out")
         length = draft_length or (self.config.block_size if self.config is not None else 8)
         self._check_alternatives(alternatives, length, params)
         # Trust judges every draft by a block of its own, so there is nothing to choose.
@@ -267,9 +269,27 @@ class TidarModel:
         """Raise TidarError for options that `stream` and `generate` would refuse."""
         self._prepare(**options)  # type: ignore[arg-type]
 
-    def custom_generate(self, mode: Mode = "tidar", draft_length: int | None = None) -> Callable:
-        """A decoding method for transformers: `hf_model.generate(**inputs, custom_generate=m.custom_generate())`."""
-        return make_custom_generate(self.network, lambda params: self.plan(mode, draft_length, params))
+    def custom_generate(
+        self,
+        mode: Mode = "tidar",
+        draft_length: int | None = None,
+        outcomes: int | None = None,
+        alternatives: int | None = None,
+        plan: Literal["auto", "fixed"] | None = None,
+    ) -> Callable:
+        """A decoding method for transformers: `hf_model.generate(**inputs, custom_generate=m.custom_generate())`.
+
+        Arguments as of `plan`; how tokens are chosen is said to `generate`.
+
+        Raises:
+            TidarError: for options that cannot be honoured.
+        """
+
+        def planned(params: SamplingParams | None = None) -> Plan | Planner:
+            return self.plan(mode, draft_length, params, outcomes, plan, alternatives=alternatives)
+
+        planned()  # says what is wrong before anything is generated
+        return make_custom_generate(self.network, planned)
 
     def save_pretrained(self, folder: str | Path, *, with_base: bool | None = None) -> None:
         """Write a checkpoint that `from_pretrained` reads.

@@ -27,15 +27,16 @@ def median_seconds(work: Callable[[], object], device: torch.device, repeats: in
 def _times(work: Callable[[], object], device: torch.device, repeats: int = 10, warmups: int = 2) -> list[float]:
     taken = []
     for _ in range(warmups + repeats):
-        _wait(device)
+        wait(device)
         started = time.perf_counter()
         work()
-        _wait(device)
+        wait(device)
         taken.append(time.perf_counter() - started)
     return taken[warmups:]
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -89,3 +90,8 @@ def precision(result: dict[str, Any]) -> str:
     """The dtype of a measurement, and that of its weights if it is another."""
     dtype = str(result["conditions"]["dtype"])
     return dtype if result.get("weights") is None else f"{dtype}, {result['weights']} weights"
+
+
+def rounded(value: float) -> str:
+    """A speed for people, of slow machines too."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"

@@ -6,17 +6,20 @@ Where that ends depends on machine, model and dtype; TiDAR lives on it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from tidar.bench import machine
 from tidar.bench.shapes import cache_bytes, weight_bytes, weight_count
 from tidar.decode.cache import RowCache
-from tidar.decode.runner import runner_for
+from tidar.decode.runner import GraphRunner, runner_for
 from tidar.decode.step import Plan
+from tidar.errors import memory_for
 from tidar.layout import step_layout
 from tidar.model.network import Network
 
@@ -27,11 +30,18 @@ STEPS = (
 """(draft length, outcomes, alternatives) of the steps that are timed whole: verifying, drafting and all."""
 
 
+class Timed(NamedTuple):
+    """Seconds of one pass, and of what had to come before: fusing, compiling, capturing, and a first pass."""
+
+    seconds: float
+    warm_up: float
+
+
 @torch.inference_mode()
-def forward_seconds(network: Network, tokens: int, prefix: int, rows: int = 1) -> float:
-    """Time of one forward with logits for all of its tokens, as a CUDA graph on a GPU."""
-    runner_for(network)  # fuses what can be fused
-    device = network.device
+def time_forward(network: Network, tokens: int, prefix: int, rows: int = 1) -> Timed:
+    """One forward with logits for all of its tokens, as a CUDA graph on a GPU."""
+    started = time.perf_counter()
+    runner, device = runner_for(network), network.device  # it fuses what can be fused
     cache = RowCache(rows, prefix + tokens, device)
     cache.lengths.fill_(prefix)
     ids = torch.arange(rows * tokens, device=device).view(rows, tokens) % network.vocabulary
@@ -41,22 +51,16 @@ def forward_seconds(network: Network, tokens: int, prefix: int, rows: int = 1) -
     def work() -> torch.Tensor:
         return network.head(network(ids, layout, cache, fused=True))
 
-    if device.type != "cuda":
-        return machine.median_seconds(work, device, repeats=5)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return machine.median_seconds(graph.replay, device, repeats=20)
+    if not isinstance(runner, GraphRunner):
+        return _timed(work, device, started, 5)
+    graph, _ = runner.record(work, f"a forward of {tokens} tokens x {rows} rows")
+    return _timed(graph.replay, device, started, 20)
 
 
 @torch.inference_mode()
-def step_seconds(network: Network, plan: Plan, prefix: int, rows: int = 1) -> float:
-    """Time of one whole decode step of `plan`, as the engine runs it."""
+def time_step(network: Network, plan: Plan, prefix: int, rows: int = 1) -> Timed:
+    """One whole decode step of `plan`, as the engine runs it."""
+    started = time.perf_counter()
     runner = runner_for(network)
     state = runner.prepare(rows, prefix + 2 * plan.draft_length + plan.slots, plan)
     runner.set_active([True] * rows)
@@ -68,15 +72,25 @@ def step_seconds(network: Network, plan: Plan, prefix: int, rows: int = 1) -> fl
             state.cache.lengths.fill_(prefix)
             runner.step(plan, rows, prefix)
 
-    seconds = machine.median_seconds(work, network.device, repeats=8 if in_a_row > 1 else 5)
+    timed = _timed(work, network.device, started, repeats=8 if in_a_row > 1 else 5)
     runner.set_active([False] * rows)
-    return seconds / in_a_row
+    return timed._replace(seconds=timed.seconds / in_a_row)
+
+
+def _timed(work: Callable[[], object], device: torch.device, started: float, repeats: int) -> Timed:
+    work()
+    machine.wait(device)
+    warm_up = time.perf_counter() - started
+    return Timed(machine.median_seconds(work, device, repeats, warmups=1), warm_up)
 
 
 def measure(
     network: Network, name: str, tokens: Sequence[int], prefixes: Sequence[int], rows: int
 ) -> Iterator[dict[str, Any]]:
-    """Steps and curve for every prefix length, with the machine's ceilings; yields the result as it grows."""
+    """Steps and curve for every prefix length, with the machine's ceilings; yields the result as it grows.
+
+    `warm_up_s` of a step or forward is what its first use took, see `Timed`. Raises TidarError where memory ends.
+    """
     device, dtype = network.device, network.lm.dtype
     bandwidth, flops = machine.read_bandwidth(device), machine.peak_flops(device, dtype)
     weights, curves = weight_bytes(network), list[dict[str, Any]]()
@@ -91,34 +105,45 @@ def measure(
         "weights_gb": round(weights / 1e9, 3),
         "curves": curves,
     }
-    for prefix in prefixes:
+    # A GPU's runner keeps the largest state that it had, and attention reads all of its room: short prefixes first.
+    for prefix in sorted(set(prefixes)):
         read = weights + rows * cache_bytes(network, prefix)
         steps, points = list[dict[str, Any]](), list[dict[str, Any]]()
         curves.append({"prefix": prefix, "forward": points, "steps": steps})
         plans = [Plan(length, outcomes=outcomes, alternatives=leaves) for length, outcomes, leaves in STEPS]
         for plan in plans if network.can_draft else plans[:1]:
-            seconds = step_seconds(network, plan, prefix, rows)
+            with _memory_for(rows, prefix):
+                timed = time_step(network, plan, prefix, rows)
             step = {
                 "draft_length": plan.draft_length,
                 "outcomes": plan.blocks,
                 "alternatives": len(plan.leaves),
                 "slots": plan.slots,
-                "ms": round(seconds * 1e3, 4),
-            }
+            } | _times(timed, read)
             step["ar_steps"] = round(step["ms"] / (steps or [step])[0]["ms"], 3)
-            steps.append(step | {"share_of_bandwidth": round(read / seconds / bandwidth, 3)})
+            steps.append(step | {"share_of_bandwidth": round(read / timed.seconds / bandwidth, 3)})
             yield result
         for count in tokens:
-            seconds = forward_seconds(network, count, prefix, rows)
+            with _memory_for(rows, prefix):
+                timed = time_forward(network, count, prefix, rows)
             products = 2 * weight_count(network) * count * rows
-            point = {
-                "tokens": count,
-                "ms": round(seconds * 1e3, 4),
-                "gb_per_s": round(read / seconds / 1e9, 1),
-                "roofline_ms": round(max(read / bandwidth, products / flops) * 1e3, 4),
-            }
-            points.append(point)
+            roofline = max(read / bandwidth, products / flops)
+            points.append({"tokens": count, **_times(timed, read), "roofline_ms": round(roofline * 1e3, 4)})
             yield result
+
+
+def _memory_for(rows: int, prefix: int) -> AbstractContextManager[None]:
+    advice = "lower --batch, --prefix or --tokens; what was measured so far is kept"
+    return memory_for(f"batch {rows} and a prefix of {prefix}", advice)
+
+
+def _times(timed: Timed, read: int) -> dict[str, float]:
+    """Figures of a pass that reads so many bytes."""
+    return {
+        "ms": round(timed.seconds * 1e3, 4),
+        "gb_per_s": round(read / timed.seconds / 1e9, 1),
+        "warm_up_s": round(timed.warm_up, 3),
+    }
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -142,7 +167,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
     first, conditions = result["curves"][0]["forward"][0], result["conditions"]
     axes.set_title(
         f"{result['model']}, {conditions['device']}, {machine.precision(result)}, batch {result['rows']}\n"
-        f"1 token: {first['ms']:.2f} ms, {first['gb_per_s']:,.0f} GB/s of {result['read_bandwidth_gb_per_s']:,.0f}",
+        f"1 token: {first['ms']:.2f} ms, {machine.rounded(first['gb_per_s'])} GB/s "
+        f"of {machine.rounded(result['read_bandwidth_gb_per_s'])}",
         fontsize=9,
     )
     axes.grid(alpha=0.3)

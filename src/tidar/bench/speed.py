@@ -6,6 +6,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from tidar.api import TidarModel
 from tidar.bench import machine
 from tidar.bench.shapes import cache_bytes, weight_bytes
 from tidar.decode.runner import captured_at_once
-from tidar.errors import TidarError
+from tidar.errors import TidarError, memory_for
 from tidar.prompts import Prompt, encode_prompt
 
 
@@ -43,38 +44,56 @@ def ours(model: TidarModel, **options: Any) -> Runner:
     return run
 
 
-def transformers_generate(model: TidarModel, **options: Any) -> Runner:
-    """transformers' generate on the same weights, left-padded batches, sdpa attention."""
-
-    @torch.inference_mode()
-    def run(prompts: list[Prompt], batch: int, new: int) -> Run:
-        tokenizer, lm, device = model.tokenizer, model.hf_model, model.network.device
-        assert tokenizer is not None
-        eos = sorted(model.network.eos_ids)
-        ours_before = lm.config._attn_implementation
+@contextmanager
+def peer_attention(*models: TidarModel) -> Iterator[None]:
+    """Meanwhile models attend as they do for users of transformers."""
+    lms = [model.hf_model for model in models]
+    before = [lm.config._attn_implementation for lm in lms]
+    for lm in lms:
         lm.set_attn_implementation("sdpa")
-        answers: list[list[int]] = []
-        started = time.perf_counter()
-        for at in range(0, len(prompts), batch):
-            rows = [encode_prompt(tokenizer, prompt) for prompt in prompts[at : at + batch]]
-            width = max(map(len, rows))
-            ids = torch.tensor([[0] * (width - len(r)) + r for r in rows], device=device)
-            mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
-            greedy = {"do_sample": False, "eos_token_id": eos, "pad_token_id": 0, "max_new_tokens": new}
-            out = lm.generate(ids, attention_mask=mask, **greedy, **options)
-            answers += [_until(row, set(eos)) for row in out[:, width:].tolist()]
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
-        lm.set_attn_implementation(ours_before)
-        return Run(seconds, answers, None)
-
-    return run
+    try:
+        yield
+    finally:
+        for lm, name in zip(lms, before, strict=True):
+            lm.set_attn_implementation(name)
 
 
-def _until(tokens: list[int], eos: set[int]) -> list[int]:
+@torch.inference_mode()
+def peer_generate(model: TidarModel, rows: list[list[int]], new: int, **options: Any) -> list[list[int]]:
+    """transformers' generate, greedy unless told otherwise: new tokens of each row, with the end of sequence."""
+    width, room, eos = max(map(len, rows)), model.network.max_positions, sorted(model.network.eos_ids)
+    padded = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=model.network.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.network.device)
+    out = model.hf_model.generate(
+        padded,
+        attention_mask=mask,
+        max_new_tokens=new if room is None else min(new, room - width),
+        eos_token_id=eos or None,
+        pad_token_id=eos[0] if eos else 0,
+        **{"do_sample": False, **options},
+    )
+    return [_until(row, eos) for row in out[:, width:].tolist()]
+
+
+def _until(tokens: list[int], eos: list[int]) -> list[int]:
     end = next((i for i, token in enumerate(tokens) if token in eos), len(tokens) - 1)
     return tokens[: end + 1]
+
+
+def transformers_generate(model: TidarModel, **options: Any) -> Runner:
+    """transformers' generate on the same weights, in left-padded batches."""
+
+    def run(prompts: list[Prompt], batch: int, new: int) -> Run:
+        tokenizer, answers = model.tokenizer, list[list[int]]()
+        assert tokenizer is not None
+        with peer_attention(model):
+            started = time.perf_counter()
+            for at in range(0, len(prompts), batch):
+                rows = [encode_prompt(tokenizer, prompt) for prompt in prompts[at : at + batch]]
+                answers += peer_generate(model, rows, new, **options)
+            return Run(time.perf_counter() - started, answers, None)
+
+    return run
 
 
 def contestants(model: TidarModel, peers: bool) -> dict[str, Runner]:
@@ -114,21 +133,20 @@ def measure(
 
     first_token_ms is the time to the first token of a batch: a prefill, and what starting a run costs.
 
-    Peers that are not ours run last, at the first batch size only, on the first `peer_prompts` prompts. `only` names
-    the contestants that run. Yields the result as it grows. Raises TidarError for a contestant that there is not.
+    Peers that are not ours run last, at the first batch size only, on the first `peer_prompts` prompts, or as many as
+    fill the batch. `only` names the contestants that run. Where plain decoding is one of them, `identical_to_ar` counts
+    the answers that are its own. `warm_up_s` is the pass to warm up: it compiles, captures and measures costs, as far
+    as no contestant before has. Yields the result as it grows.
+
+    Raises:
+        TidarError: for a contestant that does not run at these batch sizes, and where memory ends.
     """
     network = model.network
-    if unknown := set(only or ()) - contestants(model, peers).keys():
-        raise TidarError(f"no contestant is named {sorted(unknown)[0]!r}: {', '.join(contestants(model, peers))}")
-    jobs = [
-        (set_name, batch, label, run)
-        for set_name in sets
-        for batch in batches
-        for label, run in contestants(model, peers and batch == batches[0]).items()
-        if (batch == 1 or "lookup" not in label) and (not only or label in only)
-    ]
-    jobs.sort(key=lambda job: _foreign(job[2]))
-    rows, reference = list[dict[str, Any]](), dict[tuple[str, int], list[list[int]]]()
+    jobs = _jobs(model, sets, batches, peers, peer_prompts, only)
+    for job in {(job.set, job.batch): job for job in jobs if job.rows < job.batch}.values():
+        share = f"{job.rows} of {job.batch} rows"
+        print(f"{job.set}: batch {job.batch} has {share}, for there are no more prompts", file=sys.stderr)
+    rows, plain = list[dict[str, Any]](), dict[tuple[str, int], list[list[int]]]()
     result = {
         "conditions": machine.conditions(network.device, network.lm.dtype)
         | {"template": "chat", "temperature": 0, "max_new_tokens": new, "repeats": repeats},
@@ -136,34 +154,86 @@ def measure(
         "weights": network.weights,
         "rows": rows,
     }
-    for set_name, batch, label, run in jobs:
-        network.learned.clear()  # no run may profit from another's text
-        part = sets[set_name][:peer_prompts] if _foreign(label) else sets[set_name]
-        # On a GPU all prompts, so that prefills of all sizes are captured.
-        with captured_at_once(network):
-            run(part if network.device.type == "cuda" and not _foreign(label) else part[: max(batch, 2)], batch, new)
-        runs = [run(part, batch, new) for _ in range(repeats)]
-        first = statistics.median(run(part[:batch], batch, 1).seconds for _ in range(repeats))
-        middle = sorted(runs, key=lambda run: run.seconds)[(len(runs) - 1) // 2]
-        answers = reference.setdefault((set_name, batch), middle.answers)
-        seconds, tokens = middle.seconds, sum(map(len, middle.answers))
-        row: dict[str, Any] = {
-            "set": set_name,
-            "contestant": label,
-            "batch": batch,
-            "prompts": len(part),
-            "tokens_per_s": round(tokens / seconds, 1),
-            "seconds": round(seconds, 3),
-            "first_token_ms": round(first * 1e3, 2),
-            "new_tokens": tokens,
-            "identical_to_ar": sum(a == b for a, b in zip(middle.answers, answers, strict=False)),
-            "passes_s": [round(run.seconds, 3) for run in runs],
-        }
-        if middle.forwards:
-            row |= _per_forward(model, part, batch, tokens, seconds, middle.forwards)
+    for job in jobs:
+        with memory_for(f"batch {job.batch}", "lower --batch; what was measured so far is kept"):
+            row, answers = _measure(model, job, new, repeats)
+        if job.contestant == "ar":
+            plain[job.set, job.batch] = answers
+        if (wanted := plain.get((job.set, job.batch))) is not None:
+            row["identical_to_ar"] = sum(a == b for a, b in zip(answers, wanted, strict=False))
         rows.append(row)
-        print({k: row[k] for k in list(row)[:7]}, file=sys.stderr)
+        speed = machine.rounded(row["tokens_per_s"])
+        print(f"{job.set}, batch {job.batch}, {job.contestant}: {speed} tokens/s", file=sys.stderr)
         yield result
+
+
+class Job(NamedTuple):
+    """One contestant on one set at one batch size."""
+
+    set: str
+    batch: int
+    contestant: str
+    run: Runner
+    prompts: list[Prompt]
+
+    @property
+    def rows(self) -> int:
+        """Rows that a batch really has."""
+        return min(self.batch, len(self.prompts))
+
+
+def _jobs(
+    model: TidarModel,
+    sets: dict[str, list[Prompt]],
+    batches: Sequence[int],
+    peers: bool,
+    peer_prompts: int,
+    only: Sequence[str] | None,
+) -> list[Job]:
+    jobs = [
+        Job(name, batch, label, run, prompts[: max(peer_prompts, batch)] if _foreign(label) else prompts)
+        for name, prompts in sets.items()
+        for batch in batches
+        for label, run in contestants(model, peers and batch == batches[0]).items()
+        if batch == 1 or "lookup" not in label
+    ]
+    known = dict.fromkeys(job.contestant for job in jobs)
+    if idle := [name for name in only or () if name not in known]:
+        raise TidarError(
+            f"--only {idle[0]!r} is no contestant at batch {', '.join(map(str, batches))}: there are "
+            f"{', '.join(map(repr, known))} (transformers runs at the first batch size, and looks up only if that is 1)"
+        )
+    return sorted((job for job in jobs if not only or job.contestant in only), key=lambda job: _foreign(job.contestant))
+
+
+def _measure(model: TidarModel, job: Job, new: int, repeats: int) -> tuple[dict[str, Any], list[list[int]]]:
+    """A job's figures, and its answers."""
+    network, (set_name, batch, contestant, run, prompts) = model.network, job
+    network.learned.clear()  # no run may profit from another's text
+    # On a GPU all prompts, so that prefills of all sizes are captured.
+    all_sizes = network.device.type == "cuda" and not _foreign(contestant)
+    with captured_at_once(network):
+        warm_up = run(prompts if all_sizes else prompts[: max(batch, 2)], batch, new).seconds
+    runs = [run(prompts, batch, new) for _ in range(repeats)]
+    first = statistics.median(run(prompts[:batch], batch, 1).seconds for _ in range(repeats))
+    middle = sorted(runs, key=lambda run: run.seconds)[(len(runs) - 1) // 2]
+    seconds, tokens = middle.seconds, sum(map(len, middle.answers))
+    row: dict[str, Any] = {
+        "set": set_name,
+        "contestant": contestant,
+        "batch": batch,
+        "rows": job.rows,
+        "prompts": len(prompts),
+        "tokens_per_s": round(tokens / seconds, 1),
+        "seconds": round(seconds, 3),
+        "first_token_ms": round(first * 1e3, 2),
+        "warm_up_s": round(warm_up, 3),
+        "new_tokens": tokens,
+        "passes_s": [round(run.seconds, 3) for run in runs],
+    }
+    if middle.forwards:
+        row |= _per_forward(model, prompts, job.rows, tokens, seconds, middle.forwards)
+    return row, middle.answers
 
 
 def _foreign(label: str) -> bool:
@@ -171,10 +241,10 @@ def _foreign(label: str) -> bool:
 
 
 def _per_forward(
-    model: TidarModel, prompts: list[Prompt], batch: int, tokens: int, seconds: float, forwards: int
+    model: TidarModel, prompts: list[Prompt], rows: int, tokens: int, seconds: float, forwards: int
 ) -> dict[str, float]:
     """What one forward of the batch gains, takes and reads, prefills counted."""
-    network, rows = model.network, min(batch, len(prompts))
+    network = model.network
     assert model.tokenizer is not None
     length = (sum(len(encode_prompt(model.tokenizer, p)) for p in prompts) + tokens / 2) / len(prompts)
     step = seconds * rows / forwards
@@ -186,29 +256,32 @@ def _per_forward(
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Tokens per second: bars at batch 1, lines over batch sizes."""
+    """Tokens per second: bars at the first batch size, lines over batch sizes."""
     from matplotlib import pyplot
 
     rows = result["rows"]
-    sets, batches = (list(dict.fromkeys(r[key] for r in rows)) for key in ("set", "batch"))
-    panels = 2 if len(batches) > 1 else 1
-    size = (5.2 * len(sets), 0.6 + 2.8 * panels)
+    sets, sizes = list(dict.fromkeys(r["set"] for r in rows)), {r["rows"] for r in rows}
+    panels = 2 if len(sizes) > 1 else 1
+    size = (3.2 + 3.6 * len(sets), 0.6 + 3.2 * panels)
     figure, axes = pyplot.subplots(panels, len(sets), figsize=size, layout="constrained", squeeze=False)
     for column, name in enumerate(sets):
         mine = [r for r in rows if r["set"] == name]
-        _bars(axes[0][column], name, [r for r in mine if r["batch"] == batches[0]])
+        _bars(axes[0][column], name, [r for r in mine if r["batch"] == rows[0]["batch"]], column == 0)
         if panels > 1:
             _lines(axes[1][column], mine)
+    if panels > 1:
+        figure.legend(*axes[1][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     device = result["conditions"]["device"]
     figure.suptitle(f"{result['model']}, {device}, {machine.precision(result)}, greedy", fontsize=10)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
 
-def _bars(axes: Any, name: str, rows: list[dict[str, Any]]) -> None:
-    colours = ["C0" if r["contestant"].startswith("tidar") else "0.65" for r in rows]
-    bars = axes.barh([r["contestant"] for r in rows], [r["tokens_per_s"] for r in rows], color=colours)
-    axes.bar_label(bars, [f" {r['tokens_per_s']:,.0f}" for r in rows], fontsize=8)
+def _bars(axes: Any, name: str, rows: list[dict[str, Any]], named: bool) -> None:
+    places, colours = range(len(rows)), ["C0" if r["contestant"].startswith("tidar") else "0.65" for r in rows]
+    bars = axes.barh(places, [r["tokens_per_s"] for r in rows], color=colours)
+    axes.set_yticks(places, [r["contestant"] if named else "" for r in rows])
+    axes.bar_label(bars, [f" {machine.rounded(r['tokens_per_s'])}" for r in rows], fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.15)
     axes.set_title(f"{name}, batch {rows[0]['batch']}", fontsize=9)
@@ -217,12 +290,17 @@ def _bars(axes: Any, name: str, rows: list[dict[str, Any]]) -> None:
 
 def _lines(axes: Any, rows: list[dict[str, Any]]) -> None:
     for label in dict.fromkeys(r["contestant"] for r in rows):
-        mine = [r for r in rows if r["contestant"] == label]
-        if len(mine) > 1:
-            axes.plot([r["batch"] for r in mine], [r["tokens_per_s"] for r in mine], "o-", ms=4, label=label)
+        mine = {r["rows"]: r["tokens_per_s"] for r in rows if r["contestant"] == label}
+        if not _foreign(label):
+            axes.plot(*zip(*sorted(mine.items()), strict=True), "o-", ms=4, label=label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xlabel("batch")
+    sizes = sorted({r["rows"] for r in rows})
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.minorticks_off()
+    bottom, top = axes.get_ylim()
+    ticks = [n * 10**power for power in range(-1, 7) for n in (1, 2, 5) if bottom <= n * 10**power <= top]
+    axes.set_yticks(ticks, [f"{tick:,g}" for tick in ticks])
+    axes.set_xlabel("rows in a batch")
     axes.set_ylabel("tokens/s")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, frameon=False)

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tidar.bench import serving, shapes, slots, speed, training
+from tidar.bench import machine, serving, shapes, slots, speed, training
 from tidar.cli import files
 from tidar.cli import options as o
 from tidar.errors import TidarError
@@ -43,22 +44,32 @@ def bench_slots(
     prefixes, counts = prefix or [256, 1024], sorted(set(tokens or TOKENS))
     if min(*prefixes, *counts, batch) < 1:
         raise TidarError("tokens, prefix and batch must be at least 1")
-    files.check_writable(files.named(out, ".json"))
+    files.check_writable(files.named(out, ".json"), files.named(out, ".png"))
+    o.be_quiet()
     network = shapes.build(model, drafter, device, dtype, weights)
     limit = network.max_positions
     if limit is not None and max(prefixes) + max(counts) > limit:
         raise TidarError(f"{max(prefixes)} + {max(counts)} tokens exceed the model's context of {limit}")
+    if not network.can_draft:
+        print(
+            f"{model} has no drafter, so of the steps only the plain one is timed; --no-drafter times them all, as of "
+            "a conversion that trains all weights",
+            file=sys.stderr,
+        )
     result = _kept(slots.measure(network, model, counts, prefixes, batch), out)
     slots.plot(result, files.named(out, ".png"))
     console = Console()
     for curve in result["curves"]:
-        table = Table(
-            "K", "outcomes", "leaves", "slots", "ms", "AR steps", "of bandwidth", title=f"prefix {curve['prefix']:,}"
+        table = _table(
+            f"prefix {curve['prefix']:,}",
+            *("K", "outcomes", "leaves", "slots", "ms", "AR\nsteps", "GB/s", "of band-\nwidth", "warm-up\ns"),
         )
         for step in curve["steps"]:
             numbers = (str(step[key]) for key in ("draft_length", "outcomes", "alternatives", "slots"))
-            share = f"{step['share_of_bandwidth']:.0%}"
-            table.add_row(*numbers, f"{step['ms']:.3f}", f"{step['ar_steps']:.2f}", share)
+            reading = (machine.rounded(step["gb_per_s"]), f"{step['share_of_bandwidth']:.0%}")
+            table.add_row(
+                *numbers, f"{step['ms']:.3f}", f"{step['ar_steps']:.2f}", *reading, f"{step['warm_up_s']:.1f}"
+            )
         console.print(table)
 
 
@@ -72,9 +83,13 @@ def bench_speed(
     max_new_tokens: o.MaxNewTokens = 128,
     repeats: Annotated[int, typer.Option(help="Timed passes; the median counts.")] = 3,
     peers: Annotated[
-        bool, typer.Option(help="Also time transformers' generate and prompt lookup (not with --weights).")
+        bool,
+        typer.Option(
+            help="Also time transformers' generate, at the first --batch only, and its prompt lookup, if that is 1 "
+            "(neither with --weights)."
+        ),
     ] = True,
-    peer_prompts: Annotated[int, typer.Option(help="Prompts that peers answer; they are slow.")] = 8,
+    peer_prompts: Annotated[int, typer.Option(help="Prompts that peers answer, at least a batch; they are slow.")] = 8,
     only: Annotated[
         list[str] | None, typer.Option(help="A contestant by its name in the table (repeatable) [default: all].")
     ] = None,
@@ -83,22 +98,29 @@ def bench_speed(
     weights: o.Weights = None,
 ) -> None:
     """Measure decoding, TiDAR against AR and peers, in one run."""
-    batches = batch or [1, 4, 16, 64]
+    batches = list(dict.fromkeys(batch or [1, 4, 16, 64]))
     if min(*batches, repeats, peer_prompts) < 1:
         raise TidarError("batch, repeats and peer-prompts must be at least 1")
-    files.check_writable(files.named(out, ".json"))
-    sets = dict(map(read_set, prompts))
+    files.check_writable(files.named(out, ".json"), files.named(out, ".png"))
+    sets = read_sets(prompts)
     loaded = o.load(model, drafter, device, dtype, weights)
     measured = speed.measure(loaded, model, sets, batches, max_new_tokens, repeats, peers, peer_prompts, only)
     result = _kept(measured, out)
     speed.plot(result, files.named(out, ".png"))
     for name, size in dict.fromkeys((row["set"], row["batch"]) for row in result["rows"]):
         mine = [row for row in result["rows"] if (row["set"], row["batch"]) == (name, size)]
-        table = Table("", "tokens/s", "first ms", "ms/forward", "tokens/forward", title=f"{name}, batch {size}")
+        few = "" if mine[0]["rows"] == size else f" ({mine[0]['rows']} of {size} rows)"
+        table = _table(
+            f"{name}, batch {size}{few}",
+            *("", "tokens/s", "first\nms", "ms a\nforward", "tokens a\nforward", "GB/s", "warm-up\ns"),
+        )
         for row in mine:
-            times = (f"{row['tokens_per_s']:,.0f}", f"{row['first_token_ms']:.0f}")
-            optional = (str(row.get(key, "")) for key in ("ms_per_forward", "tokens_per_forward"))
-            table.add_row(row["contestant"], *times, *optional)
+            forward = ("",) * 3
+            if "ms_per_forward" in row:
+                reading = machine.rounded(row["gb_per_s"])
+                forward = (f"{row['ms_per_forward']:.2f}", f"{row['tokens_per_forward']:.2f}", reading)
+            times = (machine.rounded(row["tokens_per_s"]), f"{row['first_token_ms']:.0f}", *forward)
+            table.add_row(row["contestant"], *times, f"{row['warm_up_s']:.1f}")
         Console().print(table)
 
 
@@ -211,6 +233,25 @@ def read_set(text: str) -> tuple[str, list[Prompt]]:
     """NAME=FILE[:FIRST_N] as a name and its prompts."""
     name, file, limit = files.prompt_set(text)
     return name, [placed.prompt for placed in read_prompts(file)][:limit]
+
+
+def read_sets(texts: list[str]) -> dict[str, list[Prompt]]:
+    """Sets by name. Raises TidarError for a name that comes twice."""
+    sets = dict[str, list[Prompt]]()
+    for name, prompts in map(read_set, texts):
+        if name in sets:
+            raise TidarError(f"two sets of --prompts are named {name!r}: give each a name of its own")
+        sets[name] = prompts
+    return sets
+
+
+def _table(title: str, first: str, *numbers: str) -> Table:
+    """A table of numbers, the first column perhaps of names."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column(first, justify="right" if first else "left")
+    for heading in numbers:
+        table.add_column(heading, justify="right")
+    return table
 
 
 def _kept(results: Iterator[dict[str, Any]], out: Path) -> dict[str, Any]:

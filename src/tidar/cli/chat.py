@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from tidar.cli import options as o
-from tidar.errors import TidarError
+from tidar.errors import TidarError, memory_for
 from tidar.prompts import Message
 
 
@@ -72,9 +72,10 @@ def chat(
         messages.append({"role": "user", "content": line})
         answer, text = None, ""
         try:
-            for update in loaded.stream(messages, **settings):
-                answer, text = update.answer, text + update.text
-                print(update.text, end="", flush=True)
+            with memory_for("this conversation", "shorten it or lower --max-new-tokens"):
+                for update in loaded.stream(messages, **settings):
+                    answer, text = update.answer, text + update.text
+                    print(update.text, end="", flush=True)
         except KeyboardInterrupt:
             print(" [stopped]", end="")
         except TidarError as error:

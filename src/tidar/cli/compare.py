@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-from transformers.utils import logging as hf_logging
 from typer import Context, Option
 
 from tidar.cli import files
@@ -74,8 +73,7 @@ def compare(
     if grade is not None:
         require_packages("grading GSM8K answers (--grader none leaves them ungraded)")
     files.check_writable(*(files.named(out, ending) for ending in ENDINGS))
-    hf_logging.disable_progress_bar()
-    hf_logging.set_verbosity_error()
+    o.be_quiet()
     settings = Settings(model, max_new_tokens, temperature, seed, device, dtype)
     measured = run_all(named, items, settings, passes, grade)
     result = files.kept(measured, files.named(out, ".json"), indent=None)
@@ -124,9 +122,7 @@ def write_report(
     """Write OUT.html and OUT.md, and print where and what is shown."""
     analysis = analyse(result, baseline, scores)
     for ending, text in ((".md", to_markdown(analysis)), (".html", to_html(analysis))):
-        path = files.named(out, ending)
-        files.check_writable(path)
-        path.write_text(text, encoding="utf-8")
+        files.write_text(files.named(out, ending), text)
     print("\n".join(analysis.findings))
     print(f"wrote {files.named(out, '.html')} and {files.named(out, '.md')}", file=sys.stderr)
 

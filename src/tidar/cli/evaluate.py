@@ -107,7 +107,7 @@ def evaluate(
     files.write_json(out, result)
     if samples is not None:
         lines = (json.dumps(item._asdict(), ensure_ascii=False) + "\n" for item in items)
-        samples.write_text("".join(lines), encoding="utf-8")
+        files.write_text(samples, "".join(lines))
     _show(result["tasks"])
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +14,46 @@ from tidar.errors import TidarError
 
 
 def named(out: Path, ending: str) -> Path:
-    """OUT with an ending; a name may hold dots that are no suffix."""
+    """OUT with an ending; a name may hold dots that are no suffix. Raises TidarError where OUT has no name."""
+    if not out.name:
+        raise TidarError(f"--out {str(out)!r} names no file: give a name, to which {ending} is added")
     return out.with_name(out.name + ending)
 
 
 def check_writable(*paths: Path | None) -> None:
-    """Raise TidarError for a file that cannot be written: before the work whose result it is to hold."""
+    """Raise TidarError for a file that cannot be written: before the work whose result it is to hold.
+
+    Leaves nothing behind that was not there.
+    """
     for path in paths:
         if path is None:
             continue
+        made = list[Path]()
         try:
             if path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, "it is a folder")
+            place = Path(os.path.realpath(path))  # a link that leads nowhere yet stays
+            made += (folder for folder in (place, *place.parents) if not folder.exists())
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
         except OSError as error:
-            raise TidarError(f"cannot write {path}: {error.strerror}") from error
+            raise _cannot_write(path, error) from error
+        finally:
+            for one in made:
+                _remove(one)
+
+
+def _remove(place: Path) -> None:
+    """Take an empty file or folder away, unless someone else has used it meanwhile."""
+    with suppress(OSError):
+        if place.is_dir():
+            place.rmdir()
+        elif not place.stat().st_size:
+            place.unlink()
+
+
+def _cannot_write(path: Path, error: OSError) -> TidarError:
+    return TidarError(f"cannot write {path}: {error.strerror}")
 
 
 def write_json(path: Path, result: dict[str, Any], indent: int | None = 1) -> None:
@@ -36,12 +62,16 @@ def write_json(path: Path, result: dict[str, Any], indent: int | None = 1) -> No
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text, to a file all of it or nothing."""
+    """Write a text, to a file all of it or nothing; its folder is made. Raises TidarError."""
     whole = not path.exists() or path.is_file()  # not so for /dev/stdout
     partial = path.with_name(f"{path.stem}.partial") if whole else path
-    partial.write_text(text, encoding="utf-8")
-    if whole:
-        partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        if whole:
+            partial.replace(path)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
 
 
 def kept(results: Iterator[dict[str, Any]], path: Path, indent: int | None = 1) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ import typer
 from tidar.api import TidarModel
 from tidar.cli import options as o
 from tidar.decode.engine import Answer, Update
-from tidar.errors import PromptError, TidarError
+from tidar.errors import PromptError, TidarError, memory_for
 from tidar.prompts import Placed, Prompt, read_prompts
 
 
@@ -69,15 +70,23 @@ def generate(
     }
     loaded = o.load(model, drafter, device, dtype, weights)
     if prompt is not None and not as_json:
-        _stream(loaded, prompt, settings)
+        with _memory_for(1):
+            _stream(loaded, prompt, settings)
         return
     written = _InOrder([job.prompt for job in jobs], as_json)
     try:
-        answers = loaded.generate(written.prompts, batch_size=batch_size, on_update=written.update, **settings)
+        with _memory_for(min(batch_size, len(jobs))):
+            answers = loaded.generate(written.prompts, batch_size=batch_size, on_update=written.update, **settings)
     except PromptError as error:
         raise TidarError(f"{jobs[error.row].place}: {error.reason}") from error
     if not as_json:
         print(summary(answers), file=sys.stderr)
+
+
+def _memory_for(rows: int) -> AbstractContextManager[None]:
+    if rows == 1:
+        return memory_for("one prompt", "shorten it or lower --max-new-tokens")
+    return memory_for(f"batch size {rows}", "lower --batch-size or --max-new-tokens")
 
 
 class _InOrder:

@@ -20,7 +20,7 @@ from tidar.cli import (
     trace,
     train,
 )
-from tidar.errors import TidarError
+from tidar.errors import TidarError, memory_for
 
 app = typer.Typer(
     help="Language models that think in diffusion and talk in autoregression.",
@@ -45,7 +45,8 @@ app.add_typer(evaluate.app, name="evaluate")
 def main() -> None:
     """Entry point. Typer itself ends quietly on Ctrl-C (130) and on a closed pipe (1)."""
     try:
-        app()
+        with memory_for("this command", "ask for fewer rows or tokens at a time, or take a smaller model"):
+            app()
     except TidarError as error:
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"tidar: {error}", markup=False)
         sys.exit(2)

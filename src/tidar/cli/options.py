@@ -8,7 +8,7 @@ import typer
 from transformers.utils import logging as hf_logging
 
 from tidar.api import TidarModel
-from tidar.errors import TidarError
+from tidar.errors import TidarError, memory_for
 
 Model = Annotated[str, typer.Option(help="'smollm2-135m', a drafter or model folder, or a Hugging Face id.")]
 DrafterFolder = Annotated[str | None, typer.Option("--drafter", help="Drafter folder instead of the model's own.")]
@@ -65,10 +65,16 @@ Weights = Annotated[
 
 
 def load(model: str, drafter: str | None, device: str | None, dtype: str | None, weights: str | None) -> TidarModel:
-    """Load quietly: stdout belongs to the answer."""
+    """Load quietly, so that the terminal belongs to the answer."""
+    be_quiet()
+    with memory_for("the model's weights", "take a smaller model, a --dtype of 16 bits, or a device with more memory"):
+        return TidarModel.from_pretrained(model, drafter=drafter, device=device, dtype=dtype, weights=weights)
+
+
+def be_quiet() -> None:
+    """Let transformers show neither progress bars nor warnings."""
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
-    return TidarModel.from_pretrained(model, drafter=drafter, device=device, dtype=dtype, weights=weights)
 
 
 def check_counts(**counts: int | None) -> None:

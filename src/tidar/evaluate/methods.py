@@ -8,18 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import transformers
 import yaml
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from tidar.api import TidarModel
+from tidar.bench.speed import peer_attention, peer_generate
 from tidar.errors import TidarError, first_line
 from tidar.prompts import Prompt, encode_prompt
 from tidar.sampling import DEFAULT_DECODER, Reveal, SamplingParams
-
-PEER_ATTENTION = "sdpa"
 
 
 @dataclass(frozen=True)
@@ -290,46 +288,26 @@ class TransformersContestant:
             config.assistant_confidence_threshold = 0.0  # always so many, as in the papers
             self.options = {**options, "assistant_model": draft.hf_model}
 
-    @torch.inference_mode()
     def __call__(self, prompt: Prompt, seed: int) -> Reply:
-        tokenizer, lm, settings = self.model.tokenizer, self.model.hf_model, self.settings
+        tokenizer, settings = self.model.tokenizer, self.settings
         assert tokenizer is not None
-        ids, forwards, sizes = torch.tensor([encode_prompt(tokenizer, prompt)]), 0, _Sizes()
-        options: dict[str, Any] = {"do_sample": False}
+        ids, forwards, sizes = encode_prompt(tokenizer, prompt), 0, _Sizes()
+        options = {**self.options, "streamer": sizes}
         if not SamplingParams(settings.temperature).greedy:
-            options = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
+            options |= {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
             transformers.set_seed(seed % 2**32)  # what numpy takes
 
         def count(*_: object) -> None:
             nonlocal forwards
             forwards += 1
 
-        room = self.model.network.max_positions
-        most = settings.max_new_tokens if room is None else min(settings.max_new_tokens, room - ids.shape[1])
-        lms = [m.hf_model for m in (self.model, self.draft) if m is not None]
-        before = [m.config._attn_implementation for m in lms]
-        for m in lms:
-            m.set_attn_implementation(PEER_ATTENTION)
-        hook = lm.register_forward_pre_hook(count)
+        hook = self.model.hf_model.register_forward_pre_hook(count)
         try:
-            started = time.perf_counter()
-            ids = ids.to(lm.device)
-            eos = sorted(self.model.network.eos_ids)
-            out = lm.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=most,
-                eos_token_id=eos or None,
-                pad_token_id=eos[0] if eos else 0,
-                streamer=sizes,
-                **options,
-                **self.options,
-            )
-            tokens = out[0, ids.shape[1] :].tolist()
-            seconds = time.perf_counter() - started
+            with peer_attention(*(model for model in (self.model, self.draft) if model is not None)):
+                started = time.perf_counter()
+                (tokens,) = peer_generate(self.model, [ids], settings.max_new_tokens, **options)
+                seconds = time.perf_counter() - started
         finally:
             hook.remove()
-            for m, name in zip(lms, before, strict=True):
-                m.set_attn_implementation(name)
         text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return Reply(tokens, str(text), forwards, sizes.sizes[1:], seconds)
