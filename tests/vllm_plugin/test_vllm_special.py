@@ -2,12 +2,13 @@
 
 import os
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import PROMPTS, TIDAR, count, oracle
-from engines import answers, engine, free_blocks, runner
+from engines import Oracle, answers, core, engine, free_blocks, runner
 from models import tiny_checkpoint
 from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
@@ -127,3 +128,27 @@ def test_drafts_are_the_local_engines(checkpoint):
         forwards = count(metrics.STEPS) - steps
     # A prompt's forward drafts here but not there, so the first step of vLLM's has nothing to judge.
     assert abs(forwards + 1 - updates[0].answer.forwards) <= 2, (forwards, updates[0].answer.forwards, tokens)
+
+
+@pytest.mark.parametrize("tight", [0, 3])
+def test_drafting_preempts_no_one(checkpoint, tight):
+    """In a KV cache that just holds what plain decoding needs, or less than that."""
+    prompts, new, said, preempted = PROMPTS[:3], 180, list[list[list[int]]](), list[int]()
+    blocks = 1 + sum(-(-(len(prompt) + new) // 32) for prompt in prompts) - tight
+    for options in (Options(mode="ar", max_num_seqs=8), TIDAR):
+        with engine(checkpoint, options, num_gpu_blocks_override=blocks, enable_prefix_caching=False) as llm:
+            preempt, steps, seen = core(llm).scheduler._preempt_request, count(metrics.STEPS), list[object]()
+
+            def counted(request, *given, preempt=preempt, seen=seen, **more):
+                seen.append(request)
+                return preempt(request, *given, **more)
+
+            core(llm).scheduler._preempt_request = counted
+            texts = [prompt + answer for prompt, answer in zip(prompts, said[0], strict=True)] if said else []
+            with Oracle(texts).instead(llm) if said else nullcontext():
+                said.append(answers(llm, prompts, new))
+            assert (count(metrics.STEPS) > steps) == (options.mode == "tidar")
+            preempted.append(len(seen))
+    assert said[0] == said[1]
+    assert preempted[1] <= preempted[0]
+    assert (preempted[0] > 0) == (tight > 0)
