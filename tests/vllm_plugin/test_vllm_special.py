@@ -1,8 +1,12 @@
 """Servers of their own: small chunks of prompts, sampling, other models, the local engine beside it."""
 
 import os
+import socket
+import subprocess
+import sys
 from collections import Counter
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,6 +116,21 @@ def test_two_ranks_say_what_one_says(tmp_path, monkeypatch):
             said.append((answers(llm, PROMPTS[:3], 24), plain))
     assert said[0] == said[1]
     assert said[0][0] == said[0][1]
+
+
+def test_layers_on_two_ranks():
+    """Gathered or split in every way that vLLM's Transformers backend knows; verdicts and embeddings are everyone's."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "VLLM_DIST_IDENT": port}
+    command = [sys.executable, str(Path(__file__).with_name("layers_of_two.py"))]
+    ranks = [
+        subprocess.Popen(command, env={**os.environ, **where, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=300)[0] for rank in ranks]
+    assert all(text.endswith("same\n") for text in said), said
 
 
 def test_drafts_are_the_local_engines(checkpoint):
