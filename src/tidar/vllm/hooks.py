@@ -28,6 +28,8 @@ HOOKS = (
     "vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_inputs",
     "vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_dummy_inputs",
     "vllm.v1.worker.gpu.model_states.default:DefaultModelState.custom_sampler",
+    "vllm.v1.worker.gpu_worker:Worker.load_model",
+    "vllm.v1.worker.gpu_worker:Worker.initialize_from_config",
     "vllm.v1.worker.gpu.sample.sampler:Sampler.apply_sampling_params",
 )
 
