@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -67,6 +68,18 @@ def test_flags(tmp_path):
     on_cuda = engine_options(folder, Options(cuda=True))
     assert (on_cuda["attention_backend"], on_cuda["worker_cls"]) == ("CUSTOM", "tidar.vllm.worker.TidarWorker")
     assert engine_options(folder, Options(cuda=True, curve=((9, 4, 2),)))["diffusion_config"] == {"canvas_length": 11}
+
+
+@pytest.mark.parametrize("given", [None, "0"])
+def test_looking_for_a_gpu_leaves_the_driver_alone(tmp_path, monkeypatch, given):
+    name, asked = "PYTORCH_NVML_BASED_CUDA_CHECK", []
+    monkeypatch.delenv(name, raising=False)
+    if given is not None:
+        monkeypatch.setenv(name, given)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: asked.append(os.environ[name]) or True)
+    assert engine_options(drafting_folder(tmp_path))["async_scheduling"]
+    assert asked == ["1"]
+    assert os.environ.get(name) == given
 
 
 def test_folders_that_cannot_draft(tmp_path):
