@@ -7,6 +7,7 @@ import os
 from types import SimpleNamespace
 
 import pytest
+from pydantic import BaseModel
 
 from tidar.bench import serving, shapes
 from tidar.errors import TidarError
@@ -128,6 +129,52 @@ def test_switch_reaches_vllm(off):
 def test_refusals_name_the_field(body, named):
     with pytest.raises(TidarError, match=named):
         check_body(body)
+
+
+def test_a_route_that_cannot_hand_the_switch_on():
+    known = frozenset({"prompt"})
+    with pytest.raises(TidarError, match="not hand 'tidar' on"):
+        check_body({"prompt": "a", "tidar": False}, known, strict=False)
+    assert check_body({"prompt": "a", "tidar": None, "other": 1}, known, strict=False)["other"] == 1
+    passed = check_body({"tidar": False, "other": 1}, known | {"vllm_xargs"}, strict=False)
+    assert passed == {"other": 1, "vllm_xargs": {"tidar": 0}}
+    with pytest.raises(TidarError, match="other"):
+        check_body({"other": 1}, known)
+
+
+@pytest.mark.parametrize(
+    ("path", "says"), [("/v1/completions", b"'other'"), ("/v1/messages", None), ("/tokenize", None)]
+)
+def test_routes_of_other_apis_may_have_fields_of_their_own(path, says):
+    async def endpoint(request: Messages):
+        """What a route calls."""
+
+    routes = [SimpleNamespace(path=path, methods=["POST"], endpoint=endpoint)]
+    scope = {"type": "http", "method": "POST", "path": path, "headers": [], "app": SimpleNamespace(routes=routes)}
+    assert sent_back(scope, {"other": 1}) == (says is not None and [says])
+    assert sent_back(scope, {"trust": 0.5}) == (path != "/tokenize" and [b"trust"])
+
+
+class Messages(BaseModel):
+    prompt: str = ""
+
+
+def sent_back(scope, body):
+    """What of the body a refusal names; False if the route saw it."""
+    raw, said, seen = json.dumps(body).encode(), [], []
+
+    async def receive():
+        return {"type": "http.request", "body": raw}
+
+    async def send(message):
+        said.append(message.get("body", b""))
+
+    async def app(scope, receive, send):
+        seen.append((await receive())["body"])
+
+    asyncio.run(CheckRequests(app)(scope, receive, send))
+    assert bool(seen) != bool(said)
+    return not seen and [name for name in (b"'other'", b"trust") if name in b"".join(said)]
 
 
 def test_a_body_too_deep_to_read_is_left_to_vllm():

@@ -104,6 +104,13 @@ def test_refusals(client, body):
     assert next(iter(body)) in str(refused.value) or "draft_length" in str(refused.value)
 
 
+def test_refusals_on_a_route_of_another_api(client):
+    asked = {"model": "tiny", "max_tokens": 4, "messages": [{"role": "user", "content": "hi"}]}
+    with pytest.raises(openai.BadRequestError, match="draft_length"):
+        client.post("/messages", cast_to=object, body={**asked, "draft_length": 3})
+    assert client.post("/messages", cast_to=object, body={**asked, "metadata": {}, "unheard_of": 1})["content"]
+
+
 class TestOpenAI(OpenAISuite):
     """The cases that our own server must pass as well."""
 
