@@ -56,7 +56,8 @@ class TidarSampler:
             result = self._take_the_best(states, step)
         else:
             parts = step.parts(max(MOST_JUDGED // step.shape.draft_length, 1))
-            result = torch.cat([self._judge_processed(states, whole, part, batch) for part in parts])
+            results = [self._judge_processed(states, whole, part, batch) for part in parts]
+            result = torch.cat(results) if len(results) > 1 else results[0]
         if not batch.req_ids[0].startswith(WARM_UP):
             self.metrics.record(step.shape, result, step.anchors)
         self.state.drafted[batch.idx_mapping_np[step.rows]] = True
