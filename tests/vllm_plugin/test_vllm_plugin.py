@@ -227,5 +227,3 @@ def test_benchmark_on_random_weights(tmp_path, monkeypatch):
     assert engine_options(folder, Options(cuda=True))["hf_overrides"] == {"architectures": ["TidarLlamaForCausalLM"]}
     with pytest.raises(TidarError, match="share of drafts"):
         next(serving.measure(serving.Load("random:smollm2-135m")))
-    with pytest.raises(TidarError, match="several GPUs"):
-        next(serving.measure(serving.Load(folder, survival=0.5, more={"tensor_parallel_size": 2})))

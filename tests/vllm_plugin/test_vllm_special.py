@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
 
 from tidar import sampling
+from tidar.bench import serving
 from tidar.vllm import Options, gated, metrics
 
 
@@ -114,6 +115,12 @@ def test_two_ranks_say_what_one_says(tmp_path, monkeypatch):
         with engine(folder, TIDAR, tensor_parallel_size=ranks) as llm:
             plain = answers(llm, PROMPTS[:3], 24, extra_args={"tidar": False})
             said.append((answers(llm, PROMPTS[:3], 24), plain))
+            if ranks > 1:  # one would be this process, and judge like this for all tests that follow
+                assert serving.one(llm, 8, None, 40, 2, 1)["tokens_per_step"] < 2
+                llm.collective_rpc(serving.fix_acceptance, args=(0.9,))
+                assert serving.one(llm, 8, None, 40, 2, 1)["tokens_per_step"] > 2
+                kept = llm.collective_rpc(lambda worker: worker.model_runner.model_state.drafts.tokens.tolist())
+                assert kept[0] == kept[1]
     assert said[0] == said[1]
     assert said[0][0] == said[0][1]
 
