@@ -74,6 +74,8 @@ def test_switch_streaming_and_metrics(client, server):
     assert steps > 0
     assert metric(server, "tidar_tokens_total") >= steps
     assert metric(server, "tidar_judged_total") >= metric(server, "tidar_accepted_total")
+    assert metric(server, "vllm:spec_decode_num_drafts_total") == 0  # vLLM has no page for drafts without their model
+    assert metric(server, "vllm:generation_tokens_total") > 0
     for off in ({"tidar": False}, {"vllm_xargs": {"tidar": 0}}):
         plain = client.completions.create(**ASKED, extra_body=off)
         assert plain.choices[0].text == drafted.choices[0].text
