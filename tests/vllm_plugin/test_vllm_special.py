@@ -115,6 +115,8 @@ def test_two_ranks_say_what_one_says(tmp_path, monkeypatch):
         with engine(folder, TIDAR, tensor_parallel_size=ranks) as llm:
             plain = answers(llm, PROMPTS[:3], 24, extra_args={"tidar": False})
             said.append((answers(llm, PROMPTS[:3], 24), plain))
+            one = llm.collective_rpc(lambda w: w.model_runner.model_state.verdicts is w.model_runner.model_state.inputs)
+            assert one == [ranks == 1] * ranks  # ranks talk to each other after the model: not in a graph of ours
             if ranks > 1:  # one would be this process, and judge like this for all tests that follow
                 assert serving.one(llm, 8, None, 40, 2, 1)["tokens_per_step"] < 2
                 llm.collective_rpc(serving.fix_acceptance, args=(0.9,))
