@@ -206,7 +206,7 @@ HISTORICAL = ("docs/speed.md", "docs/ablations.md", "docs/baselines.md")
 FOREIGN = {"--help", "--no-deps", "--choices"}
 """Of every command, of pip, of recipes/ablations/run.py."""
 FOREIGN |= {"--hf-overrides", "--diffusion-config", "--scheduler-cls", "--additional-config", "--attention-backend"}
-FOREIGN |= {"--middleware", "--worker-cls"}
+FOREIGN |= {"--middleware", "--worker-cls", "--disable-custom-all-reduce"}
 """Of vLLM."""
 
 

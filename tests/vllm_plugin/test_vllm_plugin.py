@@ -3,9 +3,11 @@
 import asyncio
 import itertools
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
+from pydantic import BaseModel
 
 from tidar.bench import serving, shapes
 from tidar.errors import TidarError
@@ -69,6 +71,18 @@ def test_flags(tmp_path):
     assert engine_options(folder, Options(cuda=True, curve=((9, 4, 2),)))["diffusion_config"] == {"canvas_length": 11}
 
 
+@pytest.mark.parametrize("given", [None, "0"])
+def test_looking_for_a_gpu_leaves_the_driver_alone(tmp_path, monkeypatch, given):
+    name, asked = "PYTORCH_NVML_BASED_CUDA_CHECK", []
+    monkeypatch.delenv(name, raising=False)
+    if given is not None:
+        monkeypatch.setenv(name, given)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: asked.append(os.environ[name]) or True)
+    assert engine_options(drafting_folder(tmp_path))["async_scheduling"]
+    assert asked == ["1"]
+    assert os.environ.get(name) == given
+
+
 def test_folders_that_cannot_draft(tmp_path):
     with pytest.raises(TidarError, match=r"config\.json"):
         arguments(str(tmp_path), Options(cuda=False))
@@ -115,6 +129,52 @@ def test_switch_reaches_vllm(off):
 def test_refusals_name_the_field(body, named):
     with pytest.raises(TidarError, match=named):
         check_body(body)
+
+
+def test_a_route_that_cannot_hand_the_switch_on():
+    known = frozenset({"prompt"})
+    with pytest.raises(TidarError, match="not hand 'tidar' on"):
+        check_body({"prompt": "a", "tidar": False}, known, strict=False)
+    assert check_body({"prompt": "a", "tidar": None, "other": 1}, known, strict=False)["other"] == 1
+    passed = check_body({"tidar": False, "other": 1}, known | {"vllm_xargs"}, strict=False)
+    assert passed == {"other": 1, "vllm_xargs": {"tidar": 0}}
+    with pytest.raises(TidarError, match="other"):
+        check_body({"other": 1}, known)
+
+
+@pytest.mark.parametrize(
+    ("path", "says"), [("/v1/completions", b"'other'"), ("/v1/messages", None), ("/tokenize", None)]
+)
+def test_routes_of_other_apis_may_have_fields_of_their_own(path, says):
+    async def endpoint(request: Messages):
+        """What a route calls."""
+
+    routes = [SimpleNamespace(path=path, methods=["POST"], endpoint=endpoint)]
+    scope = {"type": "http", "method": "POST", "path": path, "headers": [], "app": SimpleNamespace(routes=routes)}
+    assert sent_back(scope, {"other": 1}) == (says is not None and [says])
+    assert sent_back(scope, {"trust": 0.5}) == (path != "/tokenize" and [b"trust"])
+
+
+class Messages(BaseModel):
+    prompt: str = ""
+
+
+def sent_back(scope, body):
+    """What of the body a refusal names; False if the route saw it."""
+    raw, said, seen = json.dumps(body).encode(), [], []
+
+    async def receive():
+        return {"type": "http.request", "body": raw}
+
+    async def send(message):
+        said.append(message.get("body", b""))
+
+    async def app(scope, receive, send):
+        seen.append((await receive())["body"])
+
+    asyncio.run(CheckRequests(app)(scope, receive, send))
+    assert bool(seen) != bool(said)
+    return not seen and [name for name in (b"'other'", b"trust") if name in b"".join(said)]
 
 
 def test_a_body_too_deep_to_read_is_left_to_vllm():
@@ -167,5 +227,3 @@ def test_benchmark_on_random_weights(tmp_path, monkeypatch):
     assert engine_options(folder, Options(cuda=True))["hf_overrides"] == {"architectures": ["TidarLlamaForCausalLM"]}
     with pytest.raises(TidarError, match="share of drafts"):
         next(serving.measure(serving.Load("random:smollm2-135m")))
-    with pytest.raises(TidarError, match="several GPUs"):
-        next(serving.measure(serving.Load(folder, survival=0.5, more={"tensor_parallel_size": 2})))

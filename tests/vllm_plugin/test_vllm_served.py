@@ -3,6 +3,7 @@
 import random
 
 import pytest
+import torch
 from cases import EDGE, PROCESSED, PROMPTS, TIDAR, count, oracle
 from engines import GREEDY, Rerun, answers, core, engine, free_blocks, runner
 from vllm import SamplingParams
@@ -36,7 +37,7 @@ def test_parity_where_most_drafts_stand(served, plain):
 def test_parity_of_recorded_steps(served, plain, monkeypatch):
     """As on a GPU, where parts of a step are graphs; answers end one by one, so the number of requests changes."""
     state, replay = runner(served).model_state, Rerun()
-    monkeypatch.setattr(state, "replay", replay)
+    monkeypatch.setattr(state, "verdicts", replay)
     monkeypatch.setattr(state.maker, "replay", replay)
     with oracle(plain).instead(served):
         for batch in (PROMPTS[:3], PROMPTS[1:6], PROMPTS[:1]):
@@ -48,6 +49,41 @@ def test_parity_of_recorded_steps(served, plain, monkeypatch):
     for recorded in replay.recorded.values():
         recorded.fixed = tuple(address + 1 for address in recorded.fixed)  # the batch lies elsewhere
     assert answers(served, PROMPTS[:3], 60) == plain["greedy"][:3]
+
+
+def test_large_steps_are_judged_in_parts(served, plain, monkeypatch):
+    judged, drafted = [], {}
+    head = runner(served).model_state.head
+    for most in (10_000, 8, 1):
+        seen = drafted[most] = []
+        with monkeypatch.context() as patch:
+            patch.setattr("tidar.vllm.sampler.MOST_JUDGED", most)
+            draft = head.drafts
+
+            def drafts(block, logits, first, draft=draft, seen=seen):
+                seen.append(draft(block, logits, first))
+                return seen[-1]
+
+            patch.setattr(head, "drafts", drafts)
+            judged.append([answers(served, PROMPTS[:3], 40), answers(served, PROMPTS[:3], 40, **PROCESSED[0])])
+    assert judged[0] == judged[1] == judged[2]
+    assert judged[0][0] == [answer[:40] for answer in plain["greedy"][:3]]
+    together, in_pairs, one_by_one = (torch.cat([d.drafts for d in drafted[most]]) for most in drafted)
+    assert torch.equal(together, in_pairs)
+    assert torch.equal(together, one_by_one)
+    assert max(len(d.drafts) for d in drafted[8]) == 2
+    assert max(len(d.drafts) for d in drafted[1]) == 1
+
+
+def test_warm_up_is_not_counted(served, plain):
+    asked, got = SamplingParams(max_tokens=60, **GREEDY), {}
+    for name, counted in (("_warmup_0_", False), ("_v2_mixed_warmup_decode_", False), ("warm", True)):
+        steps = count(metrics.STEPS)
+        served.llm_engine.add_request(name, {"prompt_token_ids": PROMPTS[0]}, asked)
+        while served.llm_engine.has_unfinished_requests():
+            got |= {output.request_id: output.outputs[0].token_ids for output in served.llm_engine.step()}
+        assert list(got[name]) == plain["greedy"][0]
+        assert (count(metrics.STEPS) > steps) == counted
 
 
 def test_processed_logits(served, plain):

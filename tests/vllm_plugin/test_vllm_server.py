@@ -74,6 +74,8 @@ def test_switch_streaming_and_metrics(client, server):
     assert steps > 0
     assert metric(server, "tidar_tokens_total") >= steps
     assert metric(server, "tidar_judged_total") >= metric(server, "tidar_accepted_total")
+    assert metric(server, "vllm:spec_decode_num_drafts_total") == 0  # vLLM has no page for drafts without their model
+    assert metric(server, "vllm:generation_tokens_total") > 0
     for off in ({"tidar": False}, {"vllm_xargs": {"tidar": 0}}):
         plain = client.completions.create(**ASKED, extra_body=off)
         assert plain.choices[0].text == drafted.choices[0].text
@@ -102,6 +104,13 @@ def test_refusals(client, body):
     with pytest.raises(openai.BadRequestError) as refused:
         client.completions.create(**ASKED, extra_body=body)
     assert next(iter(body)) in str(refused.value) or "draft_length" in str(refused.value)
+
+
+def test_refusals_on_a_route_of_another_api(client):
+    asked = {"model": "tiny", "max_tokens": 4, "messages": [{"role": "user", "content": "hi"}]}
+    with pytest.raises(openai.BadRequestError, match="draft_length"):
+        client.post("/messages", cast_to=object, body={**asked, "draft_length": 3})
+    assert client.post("/messages", cast_to=object, body={**asked, "metadata": {}, "unheard_of": 1})["content"]
 
 
 class TestOpenAI(OpenAISuite):

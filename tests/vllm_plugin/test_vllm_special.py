@@ -1,18 +1,24 @@
 """Servers of their own: small chunks of prompts, sampling, other models, the local engine beside it."""
 
 import os
+import socket
+import subprocess
+import sys
 from collections import Counter
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import PROMPTS, TIDAR, count, oracle
-from engines import answers, engine, free_blocks, runner
+from engines import Oracle, answers, core, engine, free_blocks, runner
 from models import tiny_checkpoint
 from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
 
 from tidar import sampling
+from tidar.bench import serving
 from tidar.vllm import Options, gated, metrics
 
 
@@ -109,8 +115,31 @@ def test_two_ranks_say_what_one_says(tmp_path, monkeypatch):
         with engine(folder, TIDAR, tensor_parallel_size=ranks) as llm:
             plain = answers(llm, PROMPTS[:3], 24, extra_args={"tidar": False})
             said.append((answers(llm, PROMPTS[:3], 24), plain))
+            one = llm.collective_rpc(lambda w: w.model_runner.model_state.verdicts is w.model_runner.model_state.inputs)
+            assert one == [ranks == 1] * ranks  # ranks talk to each other after the model: not in a graph of ours
+            if ranks > 1:  # one would be this process, and judge like this for all tests that follow
+                assert serving.one(llm, 8, None, 40, 2, 1)["tokens_per_step"] < 2
+                llm.collective_rpc(serving.fix_acceptance, args=(0.9,))
+                assert serving.one(llm, 8, None, 40, 2, 1)["tokens_per_step"] > 2
+                kept = llm.collective_rpc(lambda worker: worker.model_runner.model_state.drafts.tokens.tolist())
+                assert kept[0] == kept[1]
     assert said[0] == said[1]
     assert said[0][0] == said[0][1]
+
+
+def test_layers_on_two_ranks():
+    """Gathered or split in every way that vLLM's Transformers backend knows; verdicts and embeddings are everyone's."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "VLLM_DIST_IDENT": port}
+    command = [sys.executable, str(Path(__file__).with_name("layers_of_two.py"))]
+    ranks = [
+        subprocess.Popen(command, env={**os.environ, **where, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=300)[0] for rank in ranks]
+    assert all(text.endswith("same\n") for text in said), said
 
 
 def test_drafts_are_the_local_engines(checkpoint):
@@ -127,3 +156,27 @@ def test_drafts_are_the_local_engines(checkpoint):
         forwards = count(metrics.STEPS) - steps
     # A prompt's forward drafts here but not there, so the first step of vLLM's has nothing to judge.
     assert abs(forwards + 1 - updates[0].answer.forwards) <= 2, (forwards, updates[0].answer.forwards, tokens)
+
+
+@pytest.mark.parametrize("tight", [0, 3])
+def test_drafting_preempts_no_one(checkpoint, tight):
+    """In a KV cache that just holds what plain decoding needs, or less than that."""
+    prompts, new, said, preempted = PROMPTS[:3], 180, list[list[list[int]]](), list[int]()
+    blocks = 1 + sum(-(-(len(prompt) + new) // 32) for prompt in prompts) - tight
+    for options in (Options(mode="ar", max_num_seqs=8), TIDAR):
+        with engine(checkpoint, options, num_gpu_blocks_override=blocks, enable_prefix_caching=False) as llm:
+            preempt, steps, seen = core(llm).scheduler._preempt_request, count(metrics.STEPS), list[object]()
+
+            def counted(request, *given, preempt=preempt, seen=seen, **more):
+                seen.append(request)
+                return preempt(request, *given, **more)
+
+            core(llm).scheduler._preempt_request = counted
+            texts = [prompt + answer for prompt, answer in zip(prompts, said[0], strict=True)] if said else []
+            with Oracle(texts).instead(llm) if said else nullcontext():
+                said.append(answers(llm, prompts, new))
+            assert (count(metrics.STEPS) > steps) == (options.mode == "tidar")
+            preempted.append(len(seen))
+    assert said[0] == said[1]
+    assert preempted[1] <= preempted[0]
+    assert (preempted[0] > 0) == (tight > 0)

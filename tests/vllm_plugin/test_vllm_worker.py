@@ -10,10 +10,11 @@ pytest.importorskip("vllm")
 
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
+from vllm.v1.worker.gpu_worker import Worker
 
 from tidar.vllm.sampler import TidarSampler
 from tidar.vllm.step import Buffers, Drafts
-from tidar.vllm.worker import add_uniform
+from tidar.vllm.worker import TidarWorker, add_uniform
 
 FULL, PIECEWISE = CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE
 
@@ -83,3 +84,19 @@ def test_who_decodes_plainly_has_nothing_to_judge_next():
     made._forget(batch, np.array([0, 1, 3]))
     assert drafts.count.tolist() == [4, 1, 4, 4, 1, 4]  # 3 was not known to have any
     assert drafted.tolist() == [True, False, True, False, False, False]
+
+
+@pytest.mark.parametrize(("measured", "counted"), [(60, 90), (100, 100)])
+def test_what_the_plug_in_holds_is_not_left_for_the_cache(monkeypatch, measured, counted):
+    held = iter((10, 100))
+    made = object.__new__(TidarWorker)
+    made.model_runner = SimpleNamespace()
+
+    def load(worker, *, load_dummy_weights):
+        assert load_dummy_weights
+        worker.model_runner.model_memory_usage = measured
+
+    monkeypatch.setattr(Worker, "load_model", load)
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda: next(held))
+    made.load_model(load_dummy_weights=True)
+    assert made.model_runner.model_memory_usage == counted

@@ -70,10 +70,6 @@ def measure(load: Load, modes: Sequence[str] = MODES) -> Iterator[dict[str, Any]
         raise TidarError("random weights draft nothing useful: say which share of drafts is to stand")
     if load.survival is not None and not 0 <= load.survival <= 1:
         raise TidarError(f"survival is {load.survival}, but must be in [0, 1]")
-    if load.survival is not None and (load.more or {}).get("tensor_parallel_size", 1) > 1:
-        raise TidarError(
-            "drafts are made to stand in one process: on several GPUs, use a checkpoint and its own drafts"
-        )
     if load.prompts is not None and load.model in RANDOM:
         raise TidarError("random weights answer nothing: prompts are for a checkpoint")
     said = load.prompts and f"{load.prompts[0]}{':' if load.prompts[2] else ''}{load.prompts[2] or ''}"
@@ -174,7 +170,10 @@ def _run(given: dict[str, Any]) -> None:
     started = time.perf_counter()
     llm = LLM(given["folder"], **{**own, **options, **(given["more"] or {})})
     if given["survival"] is not None and given["mode"] == "tidar":
-        fix_acceptance(llm, given["survival"])
+        # By its full name: workers on other GPUs do not run this module as their main one.
+        from tidar.bench.serving import fix_acceptance
+
+        llm.collective_rpc(fix_acceptance, args=(given["survival"],))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     dtype = str(llm.llm_engine.model_config.dtype).removeprefix("torch.")
     where = {"device": device, "threads": None, "dtype": dtype, "vllm": vllm.__version__, "template": template}
@@ -249,9 +248,11 @@ def one(
     }
 
 
-def fix_acceptance(llm: Any, survival: float) -> None:
-    """From now on every draft stands with this probability, whatever the logits say."""
+def fix_acceptance(worker: Any, survival: float) -> None:
+    """In a worker of vLLM: from now on every draft stands with this probability, whatever the logits say.
 
+    All ranks draw the same numbers: they begin with the same seed, and draw in the same steps.
+    """
     from tidar.kernels import judge
     from tidar.sampling import Leaves
     from tidar.vllm import sampler
@@ -262,6 +263,7 @@ def fix_acceptance(llm: Any, survival: float) -> None:
         fixed = torch.where(stands, facts.drafts[:, 1:], wrong)
         return judge.decide(torch.cat((fixed, choice[:, -1:]), 1), leaves, facts, block_size)
 
+    torch.manual_seed(0)
     vars(sampler)["decide"] = decide
 
 

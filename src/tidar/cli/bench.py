@@ -187,7 +187,7 @@ def bench_serve(
     draft_length: Annotated[int | None, typer.Option(help="K, for any number of requests [default: a curve].")] = None,
     outcomes: Annotated[int | None, typer.Option(help="Outcome blocks of a step, likewise [default: a curve].")] = None,
     curve: o.CurveSteps = None,
-    tensor_parallel: Annotated[int, typer.Option(help="GPUs.")] = 1,
+    tensor_parallel: Annotated[int, typer.Option("--tensor-parallel", "--tensor-parallel-size", help="GPUs.")] = 1,
     out: OutJson = Path("serve"),
 ) -> None:
     """Measure vLLM with and without the plug-in, in one run."""

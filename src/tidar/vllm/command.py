@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -141,4 +143,19 @@ def _on_cuda(options: Options) -> bool:
         return options.cuda
     import torch
 
-    return torch.cuda.is_available()
+    with _set("PYTORCH_NVML_BASED_CUDA_CHECK", "1"):
+        return torch.cuda.is_available()
+
+
+@contextmanager
+def _set(name: str, value: str) -> Iterator[None]:
+    """An environment variable for a while: asked like this, torch leaves the driver alone, so that vLLM may fork."""
+    old = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if old is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = old

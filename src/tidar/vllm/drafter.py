@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -109,13 +110,15 @@ class DraftHead:
         self.drafter: DraftHead | None = None
         self.sampler_head: SamplerHead | None = None
         self.output: _Output | None = None
+        self.inputs: Tensor | None = None
         width = checkpoint.drafter.spec.sampler_width if checkpoint.drafter is not None else 0
         if width:
             self.output = self._whole_output(model)
             self.sampler_head, self.drafter = self._head(tensors, width), self
         self.walk: Walk | None = None
         if self.sampler_head is not None and available(self.device):
-            self.walk = fold_head(cast(Network, self))
+            self.inputs = self._whole_input(model)
+            self.walk, self.inputs = fold_head(cast(Network, self)), None
 
     def _head(self, tensors: dict[str, Tensor], width: int) -> SamplerHead:
         prefix = "sampler_head."
@@ -131,10 +134,24 @@ class DraftHead:
             bias = None if bias is None else tensor_model_parallel_all_gather(bias, 0)
         return _Output(weight[: self.vocabulary], None if bias is None else bias[: self.vocabulary])
 
+    def _whole_input(self, model: nn.Module) -> Tensor | None:
+        """All rows of the input embedding, if ranks have a part of them each.
+
+        Looking all rows up through the layer would have both ranks compile its masking, and meet once a chunk of rows.
+        """
+        weight: Tensor = self.embedding.weight
+        if get_tensor_model_parallel_world_size() == 1:
+            return None
+        if self.output is not None and model.get_submodule("lm_head").weight is weight:  # they are tied
+            return self.output.weight
+        return tensor_model_parallel_all_gather(weight.data, 0)
+
     def get_output_embeddings(self) -> _Output | None:
         return self.output
 
     def embed(self, ids: Tensor) -> Tensor:
+        if self.inputs is not None:
+            return F.embedding(ids, self.inputs)
         layer: Any = self.embedding
         return layer.lookup(ids) if isinstance(layer, GatedEmbedding) else layer(ids)
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.distributed import get_tp_group, tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
@@ -44,7 +44,7 @@ class GatedLinear:
         result = super().forward(x)  # type: ignore[misc]
         y = result[0] if isinstance(result, tuple) else result
         low = F.linear(x, self.lora_a)
-        if isinstance(self, RowParallelLinear) and self.tp_size > 1:
+        if _adds_up(self):
             low = tensor_model_parallel_all_reduce(low)
         y = y + F.linear(low * self.gate[: x.shape[-2]], self.lora_b)
         return (y, *result[1:]) if isinstance(result, tuple) else y
@@ -92,16 +92,28 @@ def gate_linear(layer: LinearBase, parts: Sequence[tuple[Any, Tensor, Tensor]], 
         parts: (shard, A [rank, in], B [out, rank] with scaling) of each of them; shard is vLLM's name of the part.
         gate: [most tokens, 1].
     """
-    a = torch.cat([_share_of_a(layer, a) for _, a, _ in parts]).to(gate)
+    stacks = can_stack(layer, gate.device)
+    cut = _share_of_a if stacks or _in_shares(layer) else _whole_a
+    a = torch.cat([cut(layer, a) for _, a, _ in parts]).to(gate)
     # Each part's B fills its own rows only, so side by side they are block-diagonal.
     b = torch.cat([_share_of_b(layer, b, shard) for shard, _, b in parts], 1).to(gate)
-    if can_stack(layer, gate.device):
+    if stacks:
         _become(layer, StackedLinear)
         _stack(layer, a)
         _hold(layer, gate=gate, lora_b=b)
     else:
         _become(layer, GatedLinear)
         _hold(layer, gate=gate, lora_a=a, lora_b=b)
+
+
+def _in_shares(layer: Any) -> bool:
+    """Whether a layer is given a share of its input on each of several ranks."""
+    return isinstance(layer, RowParallelLinear) and layer.tp_size > 1 and layer.input_is_parallel
+
+
+def _adds_up(layer: Any) -> bool:
+    """Whether such a layer adds up what its ranks have; else whoever does adds up their parts of the LoRA as well."""
+    return _in_shares(layer) and layer.reduce_results
 
 
 def can_stack(layer: LinearBase, device: torch.device) -> bool:
@@ -114,9 +126,27 @@ def can_stack(layer: LinearBase, device: torch.device) -> bool:
 
 @functools.cache
 def kernel_works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `add_gated` runs on the devices of all ranks: layers of one kind wait for each other, not for another's.
+
+    All ranks must ask in the same order.
+    """
+    return available(device) and on_all_ranks(kernel_works_here(device, dtype))
+
+
+def on_all_ranks(verdict: bool) -> bool:
+    """Whether all ranks of the model say so."""
+    group = get_tp_group()
+    if group.world_size == 1:
+        return verdict
+    votes = torch.tensor(int(verdict))
+    torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MIN, group.cpu_group)
+    if verdict and not votes:
+        logger.warning("tidar: the gated LoRA runs without its kernel, as it does not run on another GPU")
+    return bool(votes)
+
+
+def kernel_works_here(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `add_gated` runs on a device and gives what its eager twin gives; logged if not."""
-    if not available(device):
-        return False
     product, b = torch.randn(40, 300 + 32, device=device, dtype=dtype), torch.randn(300, 32, device=device, dtype=dtype)
     gate = (torch.arange(40, device=device) >= 8).to(dtype)[:, None]
     try:
@@ -159,6 +189,11 @@ for _key in ("CPU", "CUDA"):
 torch.library.register_fake("tidar::add_gated", _like_added, lib=LIBRARY)
 
 
+def _whole_a(layer: LinearBase, a: Tensor) -> Tensor:
+    """A [rank, in] where every rank has the layer's whole input."""
+    return a
+
+
 def _share_of_a(layer: LinearBase, a: Tensor) -> Tensor:
     """This rank's share of A [rank, in], cut as the layer cuts its weight."""
     if not isinstance(layer, RowParallelLinear):
@@ -170,8 +205,8 @@ def _share_of_a(layer: LinearBase, a: Tensor) -> Tensor:
 
 
 def _share_of_b(layer: LinearBase, b: Tensor, shard: Any) -> Tensor:
-    """This rank's share of B [out, rank]; the rows of other parts are zero."""
-    if not isinstance(layer, ColumnParallelLinear):
+    """This rank's share of B [out, rank], or all of it where the layer's output is; rows of other parts are zero."""
+    if not isinstance(layer, ColumnParallelLinear) or (layer.gather_output and shard is None):
         return b
     share = nn.Parameter(b.new_zeros(layer.output_size_per_partition, b.shape[1]), requires_grad=False)
     share.output_dim = 0  # type: ignore[attr-defined]

@@ -21,11 +21,15 @@ HOOKS = (
     "vllm.v1.attention.backends.registry:register_backend",
     "vllm.v1.core.sched.scheduler:Scheduler.schedule",
     "vllm.v1.core.sched.scheduler:Scheduler.make_spec_decoding_stats",
+    "vllm.v1.core.sched.scheduler:Scheduler.get_request_counts",
+    "vllm.v1.core.block_pool:BlockPool.get_num_free_blocks",
     "vllm.v1.core.sched.async_scheduler:AsyncScheduler",
     "vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_attn",
     "vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_inputs",
     "vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_dummy_inputs",
     "vllm.v1.worker.gpu.model_states.default:DefaultModelState.custom_sampler",
+    "vllm.v1.worker.gpu_worker:Worker.load_model",
+    "vllm.v1.worker.gpu_worker:Worker.initialize_from_config",
     "vllm.v1.worker.gpu.sample.sampler:Sampler.apply_sampling_params",
 )
 

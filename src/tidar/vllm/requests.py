@@ -14,6 +14,11 @@ from tidar.errors import TidarError
 from tidar.vllm.settings import drafting_switch
 
 PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
+"""Routes on which every field is checked."""
+OTHER_PATHS = (
+    "/v1/messages", "/v1/chat/completions/batch", "/inference/v1/generate", "/invocations", "/cohere/v2/chat",
+)  # fmt: skip
+"""Other routes that generate: clients of other APIs send fields that vLLM ignores, so only ours are checked."""
 SWITCH = "tidar"
 ONLY_LOCAL = ("trust", "draft_length", "outcomes", "alternatives", "plan")
 """Options of tidar's own engine that a shared server fixes at its start."""
@@ -32,8 +37,13 @@ class RefusedError(TidarError):
         self.param = param
 
 
-def check_body(body: dict[str, Any], known: frozenset[str] | None = None) -> dict[str, Any]:
-    """The body as vLLM should see it; `known` are the fields that vLLM has. Raises RefusedError."""
+def check_body(body: dict[str, Any], known: frozenset[str] | None = None, strict: bool = True) -> dict[str, Any]:
+    """The body as vLLM should see it. Raises RefusedError.
+
+    Args:
+        known: the fields that vLLM has; None if that cannot be told.
+        strict: refuse all other fields, and not only what is ours.
+    """
     extra = body.get("vllm_xargs") or {}
     if not isinstance(extra, dict):
         raise RefusedError("vllm_xargs", "vllm_xargs must be an object")
@@ -41,11 +51,13 @@ def check_body(body: dict[str, Any], known: frozenset[str] | None = None) -> dic
         if name in body or name in extra:
             raise RefusedError(name, f"{name} is fixed when the server starts, and not for each request")
     for name, value in body.items():
-        if known is not None and value is not None and name not in {SWITCH, *known}:
+        if strict and known is not None and value is not None and name not in {SWITCH, *known}:
             raise RefusedError(name, f"parameter '{name}' is not supported: vLLM would ignore it")
     given = [place[SWITCH] for place in (body, extra) if place.get(SWITCH) is not None]
     if not given:
         return body
+    if known is not None and "vllm_xargs" not in known:
+        raise RefusedError(SWITCH, "vLLM does not hand 'tidar' on from this route: use /v1/chat/completions")
     try:
         wanted = {drafting_switch(value) for value in given}
     except TidarError as error:
@@ -64,7 +76,7 @@ class CheckRequests:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in PATHS:
+        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in (*PATHS, *OTHER_PATHS):
             await self.app(scope, receive, send)
             return
         raw = await _read(receive)
@@ -76,7 +88,7 @@ class CheckRequests:
             body = None  # vLLM says what is wrong with it
         if isinstance(body, dict):
             try:
-                checked = check_body(body, known_fields(scope))
+                checked = check_body(body, known_fields(scope), scope["path"] in PATHS)
             except RefusedError as error:
                 await _refuse(send, error)
                 return

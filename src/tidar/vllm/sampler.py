@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 
 ONE_PASS = 288
 """Up to so many tokens all logits of a step are computed at once: reading the output embedding is what it costs."""
+MOST_JUDGED = 256
+"""Drafts that are judged at once: more of them, as in vLLM's warm-up, would need gigabytes for their probabilities."""
+WARM_UP = ("_warmup_", "_v2_mixed_warmup")
+"""How the ids of requests begin that vLLM makes up before it serves."""
 
 
 class TidarSampler:
@@ -47,11 +51,15 @@ class TidarSampler:
             self._forget(batch, _all(batch))
             return self.base(logits, batch) if not batch.num_draft_tokens else self._plain(logits, batch, _all(batch))
         whole = None if states is logits else logits
-        if step.index is None and whole is None and self.state.untouched[batch.idx_mapping_np[step.rows]].all():
+        alone = step.index is None and whole is None and step.tokens.numel() <= MOST_JUDGED
+        if alone and self.state.untouched[batch.idx_mapping_np[step.rows]].all():
             result = self._take_the_best(states, step)
         else:
-            result = self._judge_processed(states, whole, step, batch)
-        self.metrics.record(step.shape, result, step.anchors)
+            parts = step.parts(max(MOST_JUDGED // step.shape.draft_length, 1))
+            results = [self._judge_processed(states, whole, part, batch) for part in parts]
+            result = torch.cat(results) if len(results) > 1 else results[0]
+        if not batch.req_ids[0].startswith(WARM_UP):
+            self.metrics.record(step.shape, result, step.anchors)
         self.state.drafted[batch.idx_mapping_np[step.rows]] = True
         if step.index is None:
             return _output(result, step)
@@ -81,7 +89,7 @@ class TidarSampler:
             return decide(logits.argmax(-1).view(rows, -1), None, facts, shape.draft_length)
 
         given = states.view(rows, shape.slots, -1), step.slots, step.tokens, step.anchors
-        return self.state.replay(("verdict", shape, rows), judge, *given, tokens=rows * shape.slots)[0].clone()
+        return self.state.verdicts(("verdict", shape, rows), judge, *given, tokens=rows * shape.slots)[0].clone()
 
     def _judge_processed(self, states: Tensor, logits: Tensor | None, step: Step, batch: Any) -> Tensor:
         """The same for any requests, by logits as vLLM's sampler would draw from them."""

@@ -33,7 +33,8 @@ class TidarModelState(DefaultModelState):
         step: the drafting part of the running step, None if nothing drafts.
         untouched: [requests] whether a request's next token is simply the one with the largest logit.
         drafted: [requests] whether a request may have drafts to judge, as far as the host knows.
-        replay: runs parts of drafting steps as CUDA graphs.
+        inputs, verdicts: run what comes before the model, and after it, as CUDA graphs; the latter not on several GPUs,
+            which talk to each other there.
     """
 
     def __init__(self, vllm_config: VllmConfig, model: nn.Module, encoder_cache: Any, device: torch.device) -> None:
@@ -45,7 +46,9 @@ class TidarModelState(DefaultModelState):
         self.drafts = Drafts.empty(self.max_num_reqs, self.curve.most_drafts, device)
         self.untouched, self.drafted = np.zeros((2, self.max_num_reqs), dtype=bool)
         alone = vllm_config.parallel_config.tensor_parallel_size == 1
-        self.replay = Replay(device.type == "cuda" and alone and not self.model_config.enforce_eager)
+        recorded = device.type == "cuda" and not self.model_config.enforce_eager
+        self.inputs = Replay(recorded)
+        self.verdicts = self.inputs if alone else Replay(False)
         self.step: Step | None = None
         stored = self.checkpoint.drafter
         tensors = read_tensors(stored) if stored is not None else {}
@@ -55,7 +58,7 @@ class TidarModelState(DefaultModelState):
         tidar, last = self.checkpoint.tidar, self.max_model_len - 1
         causal = tidar.block_attention == "causal"
         mask = self.checkpoint.mask_token or 0
-        self.maker = StepMaker(self.buffers, self.drafts, mask, last, causal, self.replay)
+        self.maker = StepMaker(self.buffers, self.drafts, mask, last, causal, self.inputs)
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, None]:
         return TidarSampler(sampler, self), None

@@ -60,8 +60,8 @@ class Step:
     """The drafting part of one step.
 
     rows: which requests of the batch draft, on the host; index: the same on the device, None for all of them. slots:
-    [R] their places in the worker; starts: [R] where their tokens begin. tokens [R, K] what is judged; anchors [R, B]
-    the drafts that blocks continue; prefix [R] cached tokens.
+    [R] their places in the worker; starts: [R] where their tokens begin. tokens [R, K] what is judged; anchors [R or 1,
+    B] the drafts that blocks continue; prefix [R] cached tokens.
     """
 
     shape: Shape
@@ -72,6 +72,19 @@ class Step:
     tokens: Tensor
     anchors: Tensor
     prefix: Tensor
+
+    def parts(self, most: int) -> list[Step]:
+        """The same with at most so many requests each."""
+        count = len(self.rows)
+        if count <= most:
+            return [self]
+        index = sent(self.rows, self.slots.device) if self.index is None else self.index
+        return [self._part(slice(start, start + most), index) for start in range(0, count, most)]
+
+    def _part(self, rows: slice, index: Tensor) -> Step:
+        anchors = self.anchors[rows] if len(self.anchors) == len(index) else self.anchors  # else one row for all
+        rest = (self.slots[rows], self.starts[rows], self.tokens[rows], anchors, self.prefix[rows])
+        return Step(self.shape, self.rows[rows], index[rows], *rest)
 
 
 class Buffers:

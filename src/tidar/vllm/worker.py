@@ -2,13 +2,17 @@
 
 vLLM records full graphs of steps in which each request has as many tokens as the longest shape has slots; all others
 would run in pieces, with attention launched from Python layer by layer.
+
+It also tells vLLM what the plug-in's own tensors take, which are made after vLLM has measured the model.
 """
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -17,6 +21,14 @@ from tidar.vllm.shapes import PLAIN
 
 
 class TidarWorker(Worker):
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """What the plug-in holds beside the model counts as the model's memory: the KV cache is given the rest."""
+        before = torch.cuda.memory_allocated()
+        super().load_model(*args, **kwargs)
+        gc.collect()
+        held, runner = torch.cuda.memory_allocated() - before, self.model_runner
+        runner.model_memory_usage = max(held, getattr(runner, "model_memory_usage", 0))
+
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         super().initialize_from_config(kv_cache_config)
         shapes = (PLAIN, *(shape for _, shape in curve_of(self.vllm_config).steps))
