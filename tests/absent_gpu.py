@@ -52,7 +52,8 @@ def absent_gpu(capability: int) -> Iterator[dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "run", compile_only)
         patch.setattr(launch, "shared_memory", lambda device: SHARED[capability])
-        patch.setattr(launch, "multiplies_from_shared", lambda device: 90 <= capability < 120)
+        for module in (launch, attention):
+            patch.setattr(module, "multiplies_from_shared", lambda device: 90 <= capability < 120)
         patch.setattr(launch, "dependent_launch", lambda device: capability >= 90)
         patch.setattr(attention, "processors", lambda device: PROCESSORS)
         driver.set_active(AbsentDriver(capability))

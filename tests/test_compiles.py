@@ -6,6 +6,7 @@ the environment names others, as in `CAPABILITIES="80 100 120"`.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 
@@ -20,7 +21,7 @@ from tidar.layout import Layout, step_layout
 from tidar.sampling import Leaves
 
 pytest.importorskip("triton")
-from absent_gpu import SHARED, absent_gpu
+from absent_gpu import PROCESSORS, SHARED, absent_gpu
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled there")
 CAPABILITIES = [int(name) for name in os.environ.get("CAPABILITIES", "89 90").split()]
@@ -52,12 +53,21 @@ def low_rank(parts: int, rank: int, width: int, dtype: torch.dtype = DTYPE) -> L
 def test_attention(capability, heads, kv_heads, dim, dtype):
     common = dim <= 128 and dtype != torch.float32
     with absent_gpu(capability) as compiled:
-        for step, capacity in [*zip(STEPS, (1024, 1024, 16384), strict=True)][0 if common else 2 :]:
+        for step, capacity in [*zip(STEPS, (1024, 1024, 16384), strict=True)][:: 1 if common else 2]:
             layout = layout_of(*step)
             keys = torch.empty(1, kv_heads, capacity, dim, dtype=dtype)
             query = torch.empty(1, layout.size, heads, dim, dtype=dtype)
             attention.step_attention(query, keys, torch.empty_like(keys), layout, 1 / math.sqrt(dim))
     check(compiled, capability)
+
+
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
+def test_on_hopper_attention_is_cut_as_it_was_measured(dim):
+    with absent_gpu(90):
+        for rows, capacity in itertools.product((4, 64, 288, 1024), (1024, 4096, 16384)):
+            query = torch.empty(1, dim, dtype=DTYPE)
+            best = attention._best_plan(rows, 8, capacity, 2, PROCESSORS)
+            assert attention.plan_for(rows, 8, capacity, query) == best
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

@@ -14,6 +14,7 @@ from tidar.decode.cache import RowCache
 from tidar.decode.engine import Engine, Limits
 from tidar.decode.runner import fuse
 from tidar.decode.step import Plan
+from tidar.kernels.launch import available, compiles
 from tidar.layout import prefill_layout, step_layout
 from tiny import PROMPTS, continuations, some_prompt, tiny_network
 
@@ -76,17 +77,43 @@ def test_a_model_that_behaves_differently_keeps_its_modules():
 
 
 def test_where_a_kernel_fails_the_stock_modules_run(monkeypatch, capsys):
+    failure = RuntimeError("out of resource: shared memory")
+
     def fails(*given):
-        raise RuntimeError("out of resource: shared memory")
+        raise failure
 
     network = tiny_network("llama")
     monkeypatch.setattr("tidar.model.packed.PackedBackbone.__call__", fails)
     fuse(network)
     assert network.fused is None
-    assert "do not run here (out of resource" in capsys.readouterr().err
-    monkeypatch.setattr("tidar.decode.runner.FAILURES", ())
-    with pytest.raises(RuntimeError, match="out of resource"):
-        fuse(network)
+    assert capsys.readouterr().err.endswith("slow without them: out of resource: shared memory\n")
+    for memory in (
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+    ):
+        failure = memory
+        with pytest.raises(RuntimeError, match=r"ALLOC_FAILED|out of memory"):
+            fuse(network)
+        assert network.fused is None
+    assert not capsys.readouterr().err
+
+
+def test_where_no_kernel_compiles_none_is_used(monkeypatch, capsys):
+    """As without a C compiler."""
+
+    class Mark:
+        def __getitem__(self, grid):
+            raise FileNotFoundError("no C compiler\nfound")
+
+    monkeypatch.setattr("tidar.kernels.launch._mark", Mark(), raising=False)
+    monkeypatch.setattr(torch, "empty", lambda *sizes, **options: None)
+    compiles.cache_clear()
+    assert not available(torch.device("cuda", 7))
+    assert not available(torch.device("cuda", 7))
+    assert capsys.readouterr().err.splitlines() == [
+        "Triton's kernels do not run here, decoding is slow without them: no C compiler"
+    ]
+    compiles.cache_clear()
 
 
 def test_stock_modules_keep_working_beside_the_fused_twin(tmp_path):

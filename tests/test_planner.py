@@ -173,11 +173,11 @@ def test_plain_decoding_where_drafts_do_not_pay_with_rarer_and_rarer_looks(cost)
     ("rows", "cost", "captured"), [(1, 3.0, True), (1, 4.0, True), (1, 4.0, False), (16, 2.6, True)]
 )
 def test_the_first_look_comes_as_soon_as_its_price_is_a_small_share(rows, cost, captured):
-    planner = planner_with({(1, 0): 1.0, (8, 8): cost})
+    planner = planner_with({(1, 0): 1e-3, (8, 8): cost * 1e-3})
     planner.costs[rows], planner.ready = planner.costs[1], lambda plan, rows: captured
     planner.acceptance.seen = False
     gain = expected_tokens([PRIOR] * 15, [(8, 8, 0)])[0]
-    lost = LOOK * cost - 1 - (LOOK - 1) * gain + (STAGGER if rows > 1 else 0) + (0 if captured else CAPTURE)
+    lost = LOOK * cost - 1 - (LOOK - 1) * gain + (STAGGER if rows > 1 else 0) + (0 if captured else CAPTURE * 1e3)
     wait = math.ceil(lost / FIRST_LOOK_SHARE)
     assert (wait < LOOK_AGAIN) == (cost == 3.0)
     assert looks([planner.choose(rows) for _ in range(wait + LOOK)]) == [(False, wait), (True, LOOK)]
@@ -213,7 +213,7 @@ def test_looks_of_a_batch_pay_for_leaving_its_rows_staggered():
 
 
 def test_a_look_captures_nothing_if_it_can():
-    planner = planner_with({(1, 0): 1.0, (8, 8): 4.0, (4, 4): 8.0})
+    planner = planner_with({(1, 0): 1e-3, (8, 8): 4e-3, (4, 4): 8e-3})
     for captured, wanted in (((4, 4), {1, 4}), ((8, 8), {1, 8}), ((2, 2), {1})):
         planner.ready = lambda plan, rows, shape=captured: plan.key == plan_of(shape).key
         planner._size = 0

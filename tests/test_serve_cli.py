@@ -52,7 +52,7 @@ def test_it_serves_until_ctrl_c_and_lets_answers_end(run, folder):
         code, out, err = run("serve", folder, "--port", port)
         assert (code, out) == (2, "")
         assert err.startswith(f"tidar: cannot listen on 127.0.0.1:{port}: ")
-        stream = iter(served.complete("x", max_tokens=100, stream=True))
+        stream = iter(served.complete("x", max_tokens=40, stream=True))
         texts = [next(stream).choices[0].text]
         server.send_signal(signal.SIGINT)
         texts += [chunk.choices[0].text for chunk in stream]

@@ -62,8 +62,7 @@ class Costs:
         """
         most = MOST_TOKENS if self.network.device.type == "cuda" else MOST_TOKENS_CPU
         ordered = sorted((p for p in plans if not p.drafting or rows * p.slots <= most), key=lambda plan: plan.slots)
-        missing = [plan for plan in ordered if _name(plan, rows) not in self.known]
-        if missing:
+        if any(_name(plan, rows) not in self.known for plan in ordered):
             try:
                 self._measure(ordered, rows)
             finally:
@@ -108,10 +107,9 @@ class _Bench:
 
     def __init__(self, runner: Runner, longest: Plan, rows: int) -> None:
         self.runner, self.network, self.rows = runner, runner.network, rows
-        limit = self.network.max_positions or 1 << 30
-        self.prefix = min(PREFIX, limit // 2)
-        room = self.prefix + (REPEATS + 2) * longest.draft_length + longest.draft_length * (longest.draft_length + 1)
-        self.state = self.runner.prepare(rows, room, longest)
+        room = (REPEATS + 2) * longest.draft_length + longest.draft_length * (longest.draft_length + 1)
+        self.prefix = min(PREFIX, max(1, (self.network.max_positions or 1 << 30) - room))
+        self.state = self.runner.prepare(rows, self.prefix + room, longest)
 
     def __enter__(self) -> _Bench:
         self.runner.set_active([True] * self.rows)

@@ -57,13 +57,13 @@ LOOK_AGAIN, LOOK_AGAIN_MOST = 64, 1024
 """Plain steps before the first look at whether drafting pays after all; twice as many after each look that says no."""
 LOOK_SHARE = 0.01
 """Share of the time that looks may lose, by what is known: the dearer one is, the longer until it comes."""
+FIRST_LOOK_SHARE = 0.05
+"""The same for the first look of all, while acceptance is a guess and there is more to find out."""
 STAGGER = 25.0
 """What a look costs a batch beside its own forwards, in plain ones: it leaves the rows staggered, so that places stay
 empty and prefills come more often until the run ends. With 64 MT-Bench prompts in batches of 16 it came to 22."""
-FIRST_LOOK_SHARE = 0.05
-"""The same for the first look of all, while acceptance is a guess and there is more to find out."""
-CAPTURE = 200.0
-"""What capturing a step costs, in plain forwards: some 150 ms on an H200, where 135M parameters take 0.6 to 0.9."""
+CAPTURE = 0.15
+"""Seconds that capturing a step takes: of 135M parameters, on an H200."""
 MOST_LEARNED = 64
 """Sampling parameters whose acceptance is kept; a server may be asked for any number of temperatures."""
 LOOK = 4
@@ -306,11 +306,11 @@ class AutoPlanner:
         """Expected tokens per second of every plan that can pay."""
         costs, learned = self.costs[rows], self.learned
         asked = tuple(self.acceptance.survival), tuple(self.acceptance.hits)
-        if asked != learned.asked:  # else nothing was observed since: a run that only decodes plainly need not wait
-            learned.asked, learned.gains = asked, {}
-        if any(_shape(plan) not in learned.gains for plan, _ in costs):
+        # Else nothing was observed since: a run that only decodes plainly need not wait.
+        if asked != learned.asked or any(_shape(plan) not in learned.gains for plan, _ in costs):
             shapes = list({_shape(plan): None for known in self.costs.values() for plan, _ in known})
-            learned.gains = dict(zip(shapes, expected_tokens(asked[0], shapes, asked[1]), strict=True))
+            gains = expected_tokens(asked[0], shapes, asked[1])
+            learned.asked, learned.gains = asked, dict(zip(shapes, gains, strict=True))
         return {plan: learned.gains[_shape(plan)] / seconds for plan, seconds in costs}
 
     def _turn(self) -> None:
@@ -347,6 +347,6 @@ class AutoPlanner:
         best = max(ready or drafting, key=lambda plan: rates[plan])
         gained = 1 + (LOOK - 1) * rates[best] * seconds[best]
         lost = LOOK * seconds[best] / seconds[plain] - gained  # in plain forwards
-        lost += (STAGGER if self._size > 1 else 0) + (0 if ready else CAPTURE)
+        lost += (STAGGER if self._size > 1 else 0) + (0 if ready else CAPTURE / seconds[plain])
         patience, share = (self._pause.patience, LOOK_SHARE) if self.acceptance.seen else (1, FIRST_LOOK_SHARE)
         return best, max(patience, math.ceil(lost / share)) - self._pause.since

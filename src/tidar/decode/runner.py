@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tidar.decode.cache import ROUND, RowCache
 from tidar.decode.step import Observer, Plan, State, StepResult, pack_prompts, prefill, prefill_rows, step
+from tidar.errors import first_line, out_of_memory
 from tidar.kernels.launch import triton
 from tidar.layout import prefill_layout
 from tidar.model.network import Network
@@ -426,7 +427,10 @@ def prepare_fused(network: Network) -> None:
 
 
 def release(network: Network) -> None:
-    """Give back the memory of everything that was built for decoding: caches, graphs, fused weights."""
+    """Give back the memory of everything that was built for decoding: caches, graphs, fused weights.
+
+    A stream that is not read to its end keeps its own.
+    """
     network.fused = network.runner = network.fused_from = None
     if network.device.type == "cuda":
         torch.cuda.synchronize()  # the last step may still be replaying
@@ -446,10 +450,11 @@ def fuse(network: Network) -> None:
     try:
         said = _say_something(network)
     except FAILURES as failure:
-        if isinstance(failure, torch.OutOfMemoryError):
-            raise
         network.fused = None
-        print(f"fused layers do not run here ({failure}): decoding without them, slowly", file=sys.stderr)
+        if out_of_memory(failure) or isinstance(failure, torch.AcceleratorError):  # the device is of no use any more
+            raise
+        why = first_line(failure)
+        print(f"fused layers do not run here, decoding is slow without them: {why}", file=sys.stderr)
         return
     error = float(((wanted - said).norm(dim=-1) / wanted.norm(dim=-1)).median())
     if not error < (FUSED_ERROR if network.lm.dtype.itemsize > 2 else FUSED_ERROR_16_BIT):

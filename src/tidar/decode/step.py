@@ -190,11 +190,12 @@ class State:
 
         Greedy steps do without draft_probs, which are one operation more and mean nothing to them.
         """
-        needless = plan.params.greedy and self.draft_probs is not None
-        if rows == len(self.drafts) and not needless:
+        if plan.params.greedy and self.draft_probs is not None:
+            return replace(self, draft_probs=None).first(rows, plan)
+        if rows == len(self.drafts):
             return self
         drafts, drafted, known, confidence, alternatives, seeds, active, *probs = (t[:rows] for t in self.tensors())
-        kept, cache = DraftProbs(*probs) if probs and not needless else None, self.cache.first(rows)
+        kept, cache = DraftProbs(*probs) if probs else None, self.cache.first(rows)
         return State(cache, drafts, drafted, known, confidence, alternatives, kept, seeds, active)
 
     @torch.inference_mode()

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tidar.kernels.launch import options, prefetch, processors, stages_for, tl, triton
+from tidar.kernels.launch import multiplies_from_shared, options, prefetch, processors, stages_for, tl, triton
 from tidar.layout import Layout
 
 MOST_SPLITS = 32
@@ -77,7 +77,8 @@ def _fitted(plan: Plan, query: Tensor) -> Plan:
     """The same with fewer tiles in flight, or smaller ones, where a GPU's shared memory cannot hold them."""
     width, dim = query.element_size(), triton.next_power_of_2(query.shape[-1])
     while True:
-        rest = plan.tile * (dim + plan.keys) * width
+        weights = 0 if multiplies_from_shared(query.device) else plan.keys  # of the keys, on their way to registers
+        rest = plan.tile * (dim + weights) * width
         stages = stages_for(query.device, plan.stages, 2 * plan.keys * dim * width, rest)
         if stages >= 2 or plan.tile == 16:
             return plan._replace(stages=max(1, stages))

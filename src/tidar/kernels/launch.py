@@ -10,12 +10,19 @@ embedding lookup), which wait for all that went before.
 from __future__ import annotations
 
 import functools
+import sys
 
 import torch
+
+from tidar.errors import first_line
 
 try:
     import triton
     import triton.language as tl
+
+    @triton.jit
+    def _mark(place):
+        tl.store(place, 1)
 
     @triton.jit
     def prefetch(address, real, fallback):
@@ -34,7 +41,19 @@ except ImportError:  # a CPU build of torch brings no Triton
 
 def available(device: torch.device) -> bool:
     """Whether Triton kernels run on `device`. (Tests also run them on the CPU, in Triton's interpreter.)"""
-    return triton is not None and device.type == "cuda"
+    return triton is not None and device.type == "cuda" and compiles(device)
+
+
+@functools.cache
+def compiles(device: torch.device) -> bool:
+    """Whether a first kernel can be compiled and launched; where not, says so: without a C compiler Triton cannot."""
+    try:
+        _mark[(1,)](torch.empty(1, dtype=torch.int32, device=device))
+    except Exception as failure:  # whatever a compiler, or what it starts, may raise
+        why = first_line(failure)
+        print(f"Triton's kernels do not run here, decoding is slow without them: {why}", file=sys.stderr)
+        return False
+    return True
 
 
 @functools.cache

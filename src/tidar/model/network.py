@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -218,7 +220,13 @@ class Network(nn.Module):
             inputs_embeds=embedded,
             attention_mask=mask,
             position_ids=position,
-            past_key_values=cache,
             use_cache=cache is not None,
+            **{cache_name(type(self.backbone)): cache},
         )
         return output.last_hidden_state
+
+
+@functools.cache
+def cache_name(backbone: Any) -> str:
+    """What a class of models calls its cache: transformers has renamed it in 5.24, models outside it may not have."""
+    return "cache" if "cache" in inspect.signature(backbone.forward).parameters else "past_key_values"
