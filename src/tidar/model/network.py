@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -221,12 +222,12 @@ class Network(nn.Module):
             attention_mask=mask,
             position_ids=position,
             use_cache=cache is not None,
-            **{cache_name(type(self.backbone)): cache},
+            **{cache_name(type(self.backbone).forward): cache},
         )
         return output.last_hidden_state
 
 
 @functools.cache
-def cache_name(backbone: Any) -> str:
-    """What a class of models calls its cache: transformers has renamed it in 5.24, models outside it may not have."""
-    return "cache" if "cache" in inspect.signature(backbone.forward).parameters else "past_key_values"
+def cache_name(forward: Callable) -> str:
+    """What a model calls its cache: transformers has renamed it in 5.24, models outside it may not have."""
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
