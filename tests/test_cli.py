@@ -176,7 +176,6 @@ def test_models_that_cannot_work_are_refused_in_one_sentence(arch, options, want
 @pytest.mark.parametrize(
     ("arch", "options"),
     [
-        ("gptj", {"n_layer": 1, "n_head": 2, "n_embd": 16, "rotary_dim": 4}),
         ("falcon", {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16}),
         ("gpt_neo", {"num_layers": 1, "num_heads": 2, "hidden_size": 16, "attention_types": [[["global"], 1]]}),
     ],
