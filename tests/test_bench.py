@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from matplotlib import pyplot
 
 from tidar import TidarModel
 from tidar.bench import machine, shapes, slots, speed
@@ -171,6 +172,19 @@ def test_a_model_that_cannot_draft_says_why_one_step_is_timed(run, folder, tmp_p
     assert code == 0
     assert "has no drafter, so of the steps only the plain one is timed; --no-drafter" in err
     assert len(json.loads((tmp_path / "x.json").read_text())["curves"][0]["steps"]) == 1
+
+
+def test_bars_of_a_run_that_was_cut_off_stand_beside_their_names(tmp_path, monkeypatch):
+    drawn = list[pyplot.Figure]()
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    row = {"batch": 1, "rows": 1, "tokens_per_s": 2.0}
+    rows = [row | {"set": "a", "contestant": name} for name in ("ar", "tidar auto", "transformers generate")]
+    rows.append(row | {"set": "b", "contestant": "tidar auto"})
+    speed.plot({"rows": rows, "model": "m", "conditions": {"device": "d", "dtype": "float32"}}, tmp_path / "speed.png")
+    first, second = drawn[0].axes
+    assert [label.get_text() for label in first.get_yticklabels()] == ["ar", "tidar auto", "transformers generate"]
+    assert [bar.get_y() + bar.get_height() / 2 for bar in second.patches] == pytest.approx([1])
+    assert first.get_ylim() == second.get_ylim()
 
 
 @pytest.mark.parametrize("ending", [".json", ".png"])

@@ -264,9 +264,12 @@ def plot(result: dict[str, Any], path: Path) -> None:
     panels = 2 if len(sizes) > 1 else 1
     size = (3.2 + 3.6 * len(sets), 0.6 + 3.2 * panels)
     figure, axes = pyplot.subplots(panels, len(sets), figsize=size, layout="constrained", squeeze=False)
+    # In every panel one place for each: a run that was cut off has not all of them in the last one.
+    names = list(dict.fromkeys(r["contestant"] for r in rows if r["batch"] == rows[0]["batch"]))
     for column, name in enumerate(sets):
         mine = [r for r in rows if r["set"] == name]
-        _bars(axes[0][column], name, [r for r in mine if r["batch"] == rows[0]["batch"]], column == 0)
+        shown = [r for r in mine if r["batch"] == rows[0]["batch"]]
+        _bars(axes[0][column], f"{name}, batch {rows[0]['batch']}", shown, names, column == 0)
         if panels > 1:
             _lines(axes[1][column], mine)
     if panels > 1:
@@ -277,14 +280,14 @@ def plot(result: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _bars(axes: Any, name: str, rows: list[dict[str, Any]], named: bool) -> None:
-    places, colours = range(len(rows)), ["C0" if r["contestant"].startswith("tidar") else "0.65" for r in rows]
-    bars = axes.barh(places, [r["tokens_per_s"] for r in rows], color=colours)
-    axes.set_yticks(places, [r["contestant"] if named else "" for r in rows])
+def _bars(axes: Any, title: str, rows: list[dict[str, Any]], names: list[str], named: bool) -> None:
+    colours = ["C0" if r["contestant"].startswith("tidar") else "0.65" for r in rows]
+    bars = axes.barh([names.index(r["contestant"]) for r in rows], [r["tokens_per_s"] for r in rows], color=colours)
+    axes.set_yticks(range(len(names)), names if named else [""] * len(names))
     axes.bar_label(bars, [f" {machine.rounded(r['tokens_per_s'])}" for r in rows], fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.4, -0.6)
     axes.margins(x=0.15)
-    axes.set_title(f"{name}, batch {rows[0]['batch']}", fontsize=9)
+    axes.set_title(title, fontsize=9)
     axes.set_xlabel("tokens/s")
 
 
