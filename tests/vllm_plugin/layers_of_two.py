@@ -40,9 +40,9 @@ def a_gated_layer(kind: type, sizes: tuple[int, int], **how: bool) -> None:
 
 
 def a_verdict() -> None:
-    """A kernel that runs on one rank only is used on none."""
-    gated.available = lambda device: True
-    for works, used in ((RANK == 0, False), (True, True)):
+    """A kernel that runs on one rank only is used on none; nor is any, where one rank cannot compile."""
+    for compiles, works, used in ((True, RANK == 0, False), (RANK == 0, True, False), (True, True, True)):
+        gated.available = lambda device, compiles=compiles: compiles
         gated.kernel_works_here = lambda device, dtype, works=works: works
         gated.kernel_works.cache_clear()
         assert gated.kernel_works(torch.device("cpu"), torch.float32) == used

@@ -75,16 +75,16 @@ class Costs:
         if not self.measured:
             print("measuring what a forward costs on this machine (kept for the next time)", file=sys.stderr)
         plain = 0.0
-        too_dear: dict[int, bool] = {}
+        too_dear = set[int]()  # draft lengths: more slots would be dearer still
         with _Bench(self.runner, max(ordered, key=lambda p: p.draft_length), rows) as bench:
             for plan in ordered:
                 name = _name(plan, rows)
                 if name not in self.known:
-                    seconds = 0.0 if too_dear.get(plan.draft_length) else bench.seconds(plan)
+                    seconds = 0.0 if plan.draft_length in too_dear else bench.seconds(plan)
                     self.known[name] = self.measured[name] = seconds
                 plain = plain or self.known[name]
                 if self.known[name] > plan.draft_length * plain:
-                    too_dear[plan.draft_length] = True
+                    too_dear.add(plan.draft_length)
 
     def _save(self) -> None:
         """Keep what was measured beside what others have by now, where the cache folder can be written."""

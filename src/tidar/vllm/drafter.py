@@ -22,7 +22,7 @@ from tidar.model.propose import CANDIDATES, fold_head, propose
 from tidar.model.sampler_head import SamplerHead
 from tidar.sampling import SamplingParams
 from tidar.vllm.checkpoint import Checkpoint
-from tidar.vllm.gated import GatedEmbedding, gate_embedding, gate_linear
+from tidar.vllm.gated import GatedEmbedding, gate_embedding, gate_linear, on_all_ranks
 from tidar.vllm.twin import share_weights
 
 GREEDY = SamplingParams()
@@ -116,7 +116,7 @@ class DraftHead:
             self.output = self._whole_output(model)
             self.sampler_head, self.drafter = self._head(tensors, width), self
         self.walk: Walk | None = None
-        if self.sampler_head is not None and available(self.device):
+        if self.sampler_head is not None and on_all_ranks(available(self.device)):  # they fold it together
             self.inputs = self._whole_input(model)
             self.walk, self.inputs = fold_head(cast(Network, self)), None
 

@@ -93,8 +93,8 @@ def gate_linear(layer: LinearBase, parts: Sequence[tuple[Any, Tensor, Tensor]], 
         gate: [most tokens, 1].
     """
     stacks = can_stack(layer, gate.device)
-    cut = _share_of_a if stacks or _in_shares(layer) else _whole_a
-    a = torch.cat([cut(layer, a) for _, a, _ in parts]).to(gate)
+    cut = stacks or _in_shares(layer)  # else every rank has the layer's whole input
+    a = torch.cat([_share_of_a(layer, a) if cut else a for _, a, _ in parts]).to(gate)
     # Each part's B fills its own rows only, so side by side they are block-diagonal.
     b = torch.cat([_share_of_b(layer, b, shard) for shard, _, b in parts], 1).to(gate)
     if stacks:
@@ -130,7 +130,7 @@ def kernel_works(device: torch.device, dtype: torch.dtype) -> bool:
 
     All ranks must ask in the same order.
     """
-    return available(device) and on_all_ranks(kernel_works_here(device, dtype))
+    return on_all_ranks(available(device) and kernel_works_here(device, dtype))
 
 
 def on_all_ranks(verdict: bool) -> bool:
@@ -141,7 +141,7 @@ def on_all_ranks(verdict: bool) -> bool:
     votes = torch.tensor(int(verdict))
     torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MIN, group.cpu_group)
     if verdict and not votes:
-        logger.warning("tidar: the gated LoRA runs without its kernel, as it does not run on another GPU")
+        logger.warning("tidar: decoding does without some kernels, as they do not run on another GPU")
     return bool(votes)
 
 
@@ -187,11 +187,6 @@ LIBRARY.define("add_gated(Tensor product, Tensor b, Tensor gate) -> Tensor")
 for _key in ("CPU", "CUDA"):
     LIBRARY.impl("add_gated", _add_gated, _key)
 torch.library.register_fake("tidar::add_gated", _like_added, lib=LIBRARY)
-
-
-def _whole_a(layer: LinearBase, a: Tensor) -> Tensor:
-    """A [rank, in] where every rank has the layer's whole input."""
-    return a
 
 
 def _share_of_a(layer: LinearBase, a: Tensor) -> Tensor:
