@@ -14,6 +14,7 @@ from tidar.decode.costs import REPEATS, ROUNDS, Costs
 from tidar.decode.engine import Engine, Limits
 from tidar.decode.planner import (
     CAPTURE,
+    FIRST_LOOK,
     FIRST_LOOK_SHARE,
     LOOK,
     LOOK_AGAIN,
@@ -172,18 +173,32 @@ def test_plain_decoding_where_drafts_do_not_pay_with_rarer_and_rarer_looks(cost)
 @pytest.mark.parametrize(
     ("rows", "cost", "captured"), [(1, 3.0, True), (1, 4.0, True), (1, 4.0, False), (16, 2.6, True)]
 )
-def test_the_first_look_comes_as_soon_as_its_price_is_a_small_share(rows, cost, captured):
+def test_the_first_look_comes_as_soon_as_what_it_costs_beside_its_forwards_is_a_small_share(rows, cost, captured):
     planner = planner_with({(1, 0): 1e-3, (8, 8): cost * 1e-3})
     planner.costs[rows], planner.ready = planner.costs[1], lambda plan, rows: captured
     planner.acceptance.seen = False
-    gain = expected_tokens([PRIOR] * 15, [(8, 8, 0)])[0]
-    lost = LOOK * cost - 1 - (LOOK - 1) * gain + (STAGGER if rows > 1 else 0) + (0 if captured else CAPTURE * 1e3)
-    wait = math.ceil(lost / FIRST_LOOK_SHARE)
-    assert (wait < LOOK_AGAIN) == (cost == 3.0)
+    lost = (STAGGER if rows > 1 else 0) + (0 if captured else CAPTURE * 1e3)
+    wait = max(FIRST_LOOK, math.ceil(lost / FIRST_LOOK_SHARE))
+    assert (wait == FIRST_LOOK) == (rows == 1 and captured)
     assert looks([planner.choose(rows) for _ in range(wait + LOOK)]) == [(False, wait), (True, LOOK)]
-    planner.observe(plan_of((8, 8)), [Gain(8, 1, [0])])
-    assert planner.acceptance.seen
+    for seen in (False, False, True):  # as a short run may be all that came before
+        planner.observe(plan_of((8, 8)), [Gain(8, 1, [0])])
+        assert planner.acceptance.seen == seen
     assert not any(planner.choose(rows).drafting for _ in range(LOOK_AGAIN))
+
+
+def test_good_drafts_are_found_where_the_guess_is_against_them():
+    """Costs of smollm2-135m in float32 on two cores: the guess promises less than plain decoding gives."""
+    planner = planner_with({(1, 0): 31.6, (4, 1, 3): 74.9, (8, 1, 5): 88.6, (8, 3, 4): 104.8, (16, 2, 6): 147.3})
+    planner.acceptance.seen = False
+    planner.observe(Plan(8, outcomes=3), [Gain(8, 1, [0])])  # of a run before it that was two tokens long
+    assert not planner.best(1).drafting
+    drafting = 0
+    for _ in range(60):
+        plan = planner.choose(1)
+        planner.observe(plan, [Gain(plan.draft_length, 1, [0] * plan.draft_length)])
+        drafting += plan.drafting
+    assert drafting == 60 - FIRST_LOOK
 
 
 def test_there_is_no_look_at_what_could_not_pay_if_all_drafts_stood():

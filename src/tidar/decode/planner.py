@@ -57,8 +57,9 @@ LOOK_AGAIN, LOOK_AGAIN_MOST = 64, 1024
 """Plain steps before the first look at whether drafting pays after all; twice as many after each look that says no."""
 LOOK_SHARE = 0.01
 """Share of the time that looks may lose, by what is known: the dearer one is, the longer until it comes."""
-FIRST_LOOK_SHARE = 0.05
-"""The same for the first look of all, while acceptance is a guess and there is more to find out."""
+FIRST_LOOK, FIRST_LOOK_SHARE = 8, 0.05
+"""Plain steps before the first look of all, and the share of the time that it may cost beside its own forwards: those
+are worth it, while acceptance is a guess."""
 STAGGER = 25.0
 """What a look costs a batch beside its own forwards, in plain ones: it leaves the rows staggered, so that places stay
 empty and prefills come more often until the run ends. With 64 MT-Bench prompts in batches of 16 it came to 22."""
@@ -136,7 +137,8 @@ class Acceptance:
         self.tried = [PRIOR_WEIGHT] * (draft_length - 1)
         self.stood = [PRIOR_WEIGHT * PRIOR] * (draft_length - 1)
         self.awaited = self.hit = PRIOR_WEIGHT
-        self.seen = False  # any draft at all
+        self.judged = 0  # drafts that were the first to be judged
+        self.seen = False  # as many of them as a look shows: one alone says nothing
         self._next = 0.0
 
     def observe(self, plan: Plan, gains: Sequence[Gain]) -> None:
@@ -155,9 +157,10 @@ class Acceptance:
             if draft == 0:
                 tried, stood = tried - certain, stood - certain
             if tried:
-                self.seen = True
                 self.tried[draft] = self.tried[draft] * MEMORY + tried
                 self.stood[draft] = self.stood[draft] * MEMORY + stood
+        self.judged += tried  # the loop ended with the first
+        self.seen |= self.judged >= LOOK - 1
         if self._next:  # a hit shows in the forward after it
             self.awaited = self.awaited * MEMORY + self._next
             self.hit = self.hit * MEMORY + sum(gain.known > 1 for gain in gains)
@@ -345,8 +348,8 @@ class AutoPlanner:
         # Any of them shows how far drafts stand.
         ready = [plan for plan in drafting if self.ready(plan, self._size)]
         best = max(ready or drafting, key=lambda plan: rates[plan])
-        gained = 1 + (LOOK - 1) * rates[best] * seconds[best]
-        lost = LOOK * seconds[best] / seconds[plain] - gained  # in plain forwards
-        lost += (STAGGER if self._size > 1 else 0) + (0 if ready else CAPTURE / seconds[plain])
-        patience, share = (self._pause.patience, LOOK_SHARE) if self.acceptance.seen else (1, FIRST_LOOK_SHARE)
-        return best, max(patience, math.ceil(lost / share)) - self._pause.since
+        lost = (STAGGER if self._size > 1 else 0) + (0 if ready else CAPTURE / seconds[plain])  # in plain forwards
+        if not self.acceptance.seen:
+            return best, max(FIRST_LOOK, math.ceil(lost / FIRST_LOOK_SHARE)) - self._pause.since
+        lost += LOOK * seconds[best] / seconds[plain] - 1 - (LOOK - 1) * rates[best] * seconds[best]
+        return best, max(self._pause.patience, math.ceil(lost / LOOK_SHARE)) - self._pause.since
