@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 PIP := $(VENV)/bin/python -m pip install -q --disable-pip-version-check
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-browser test-vllm lint docs gpu-check compile-check ranks-check clean
+.PHONY: demo test test-browser test-vllm lint docs gpu-check vllm-check compile-check ranks-check clean
 
 demo: $(STAMP)
 	$(VENV)/bin/python examples/demo.py
@@ -31,6 +31,10 @@ lint: $(STAMP)
 GPU_PYTHON ?= $(VENV)/bin/python
 gpu-check:
 	$(GPU_PYTHON) tests/gpu_check.py
+
+# The same for the plug-in, where vLLM is installed as well; on two GPUs it is shared between them, too.
+vllm-check:
+	$(GPU_PYTHON) tests/vllm_check.py
 
 # Without a GPU: every kernel compiles for, and fits into, each kind of GPU. `make test` asks for two of them.
 compile-check: $(STAMP)

@@ -126,6 +126,32 @@ def test_a_contestant_that_does_not_run_at_these_batch_sizes_is_refused(batches,
     assert rows is None
 
 
+def test_passes_take_turns_and_learn_apart(monkeypatch):
+    """So that what slows the machine for a while slows every contestant; peers, which are slow, run alone."""
+    model, ran = TidarModel(tiny_network("llama"), None), []
+
+    def contestant(name):
+        def run(prompts, batch, new):
+            learned = model.network.learned
+            learned[name] = learned.get(name, 0) + 1
+            assert learned.keys() == {name}
+            ran.append((name, len(prompts), new))
+            return speed.Run(1.0, [[1]] * len(prompts), None)
+
+        return run
+
+    names = ("ar", "tidar auto", "transformers generate")
+    monkeypatch.setattr(speed, "contestants", lambda *_: {name: contestant(name) for name in names})
+    *_, result = speed.measure(model, "tiny", {"a": ["x"] * 3}, [2], 8, 2, True, 3)
+    assert [row["contestant"] for row in result["rows"]] == list(names)
+    one = [(name, 2, 8) for name in names[:2]]
+    both = [(name, 3, 8) for name in names[:2]]
+    first = [(name, 2, 1) for name in names[:2]]
+    assert ran[:10] == [*one, *both, *both, *first, *first]
+    assert {name for name, *_ in ran[10:]} == {"transformers generate"}
+    assert model.network.learned == {}
+
+
 def test_answers_are_compared_with_those_of_plain_decoding_only(measure_speed):
     code, _, rows = measure_speed("--batch", 1, "--only", "transformers generate")
     assert code == 0

