@@ -28,16 +28,22 @@ def serving(name: str) -> str:
     return text + table([*header, "of a step's tokens"], lines)
 
 
-def parity(name: str) -> str:
-    p = load(name)["parity"]
-    same, answers, gap = (p[key] for key in ("same_as_plain", "answers", "largest_gap"))
-    text = (
-        f"{same} of {answers} are identical; where the others part, the float32 base model's logits of the two tokens "
-    )
-    return f"{text}differ by at most {gap}."
+def checked(name: str) -> str:
+    """What `make vllm-check` found, a line for each engine."""
+    result = load(name)
+    c, lines = result["conditions"], []
+    for row in result["rows"]:
+        steps = row["tokens_per_step"]
+        engine = f"{'plain' if row['mode'] == 'ar' else 'drafting'}, {row['gpus']} GPU{'s' if row['gpus'] > 1 else ''}"
+        same = f"{row['same_as_plain']} of {row['answers']}"
+        lines.append([engine, same, row["largest_gap"], steps["alone"], steps["together"], row["start_s"]])
+    text = f"{conditions(result)}. vLLM {c['vllm']}, greedy, template {c['template']}, "
+    text += f"{c['max_new_tokens']} new tokens at most.\n\n"
+    header = ["engine", "answers as plain on 1 GPU", "largest gap", "tokens a step, alone", "together", "start, s"]
+    return text + table(header, lines)
 
 
-MAKERS = {"serving": serving, "parity": parity}
+MAKERS = {"serving": serving, "checked": checked}
 
 if __name__ == "__main__":
     (HERE / "serve-vllm.md").write_text(render("serve-vllm", MAKERS))

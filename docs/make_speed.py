@@ -66,20 +66,29 @@ def alternatives(name: str) -> str:
     return text + table(["alternatives", *map(str, counts)], lines) + "\n"
 
 
-def weights(name: str) -> str:
-    """Steps with quantised weights beside those without, a line for each step."""
-    result = load(name)
-    kinds = list(dict.fromkeys(row["weights"] for row in reversed(result["rows"])))
-    times = {(r["weights"], r["slots"]): r["ms"] for r in result["rows"]}
-    lines: list[list[object]] = []
-    for row in (r for r in result["rows"] if r["weights"] is None):
-        mine = [times[kind, row["slots"]] for kind in kinds]
-        ratios = [f"{ms:.2f} ({ms / times[kind, 1]:.2f})" for kind, ms in zip(kinds, mine, strict=True)]
-        lines.append([row["draft_length"], row["outcomes"], row["slots"], *ratios, f"{mine[1] / mine[0]:.2f}"])
-    names = [f"{kind or result['conditions']['dtype']}, ms (AR steps)" for kind in kinds]
-    text = f"{result['model'].removeprefix('random:')}, random weights, prefix {result['prefix']:,}. "
-    text += f"{conditions(result)}\n\n"
-    return text + table(["K", "outcomes", "slots", *names, f"{kinds[1]} over {kinds[0] or 'bfloat16'}"], lines) + "\n"
+def weights(*names: str) -> str:
+    """The same steps and forwards with weights as they are and quantised, a column for each."""
+    results = [load(name) for name in names]
+    curves = [result["curves"][0] for result in results]
+    kinds = [result["weights"] or result["conditions"]["dtype"] for result in results]
+
+    def line(passes: list[dict[str, float]], firsts: list[dict[str, float]]) -> list[object]:
+        return [f"{one['ms']:.2f} ({one['ms'] / first['ms']:.2f})" for one, first in zip(passes, firsts, strict=True)]
+
+    steps, firsts = [c["steps"] for c in curves], [c["steps"][0] for c in curves]
+    shapes = ("draft_length", "outcomes", "alternatives", "slots")
+    lines = [[same[0][key] for key in shapes] + line(same, firsts) for same in zip(*steps, strict=True)]
+    points, ones = [c["forward"] for c in curves], [c["forward"][0] for c in curves]
+    counts = [[same[0]["tokens"], *line(same, ones)] for same in zip(*points, strict=True)]
+    commands = "; ".join(f"{kind}: `{r['conditions']['command']}`" for kind, r in zip(kinds, results, strict=True))
+    plain = {"conditions": {k: v for k, v in results[0]["conditions"].items() if k != "command"}}
+    text = f"{results[0]['model'].removeprefix('random:')}, random weights, prefix {curves[0]['prefix']:,}. "
+    text += f"{conditions(plain)}. {commands}. Weights take {', '.join(str(r['weights_gb']) for r in results)} GB.\n\n"
+    names_of = [f"{kind}, ms" for kind in kinds]
+    text += "Whole steps, in brackets over the plain one of the same weights:\n\n"
+    text += table(["K", "outcomes", "alternatives", "slots", *names_of], lines)
+    text += "\nThe curve, a forward with logits for all of its tokens, in brackets over that of one token:\n\n"
+    return text + table(["tokens", *names_of], counts) + "\n"
 
 
 MAKERS = {"slots": slots, "weights": weights, "alternatives": alternatives, "speed": speed}

@@ -245,11 +245,36 @@ async def _numbered(stream):
         yield count, chunk
 
 
-class TestServer(OpenAISuite):
-    """A server that runs somewhere: TIDAR_SERVER=http://127.0.0.1:8000/v1 pytest tests/openai_suite.py."""
+class VLLMSuite(OpenAISuite):
+    """The cases as vLLM answers them."""
 
-    @pytest.fixture(scope="class")
-    def served(self):
-        url, key = os.environ["TIDAR_SERVER"], os.environ.get("TIDAR_API_KEY", "none")
-        card = openai.OpenAI(base_url=url, api_key=key).models.list().data[0]
-        return Served(url, card.id, card.max_model_len, key)
+    def test_it_lists_its_model(self, served):  # and has no page for each
+        assert [model.id for model in served.client.models.list()] == [served.model]
+
+    def test_an_answer_may_fill_the_context(self, served):  # and what does not fit is cut
+        prompt = [5] * (served.context - 3)
+        assert served.complete(prompt, max_tokens=3).usage.completion_tokens == 3
+
+
+@pytest.fixture(scope="session")
+def running():
+    """A server that runs somewhere."""
+    url, key = os.environ["TIDAR_SERVER"], os.environ.get("TIDAR_API_KEY", "none")
+    card = openai.OpenAI(base_url=url, api_key=key).models.list().data[0]
+    return Served(url, card.id, card.max_model_len, key)
+
+
+class TestServer(OpenAISuite):
+    """TIDAR_SERVER=http://127.0.0.1:8000/v1 pytest tests/openai_suite.py::TestServer; of vLLM: ::TestVLLMServer."""
+
+    @pytest.fixture
+    def served(self, running):
+        return running
+
+
+class TestVLLMServer(VLLMSuite):
+    """The same of a server by vLLM."""
+
+    @pytest.fixture
+    def served(self, running):
+        return running

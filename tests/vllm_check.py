@@ -207,8 +207,9 @@ def check(name: str, said: dict[str, Any], plain: dict[str, Any], reference: Ref
     steps = {kind: round(value, 2) for kind, value in said["tokens_per_step"].items()}
     city, choice, date = said["structured"]
     print(
-        f"{name}: {same} of {len(pairs)} answers are those of plain vLLM on one GPU, no token is more than {gap:.3f} "
-        f"below the largest logit; tokens per step {steps}; structured {said['structured']}; start {said['start_s']} s",
+        f"{name}: {same} of {len(pairs)} answers are those of plain vLLM on as many GPUs, no token is "
+        f"more than {gap:.3f} below the largest logit; tokens per step {steps}; structured {said['structured']}; "
+        f"start {said['start_s']} s",
         flush=True,
     )
     assert gap <= TIE, "a token is not the base model's"
@@ -258,7 +259,7 @@ def check_server(folder: str) -> dict[str, Any]:
         print(f"server: {steps:.0f} drafting steps, {tokens / steps:.2f} tokens each", flush=True)
         suite = Path(__file__).with_name("openai_suite.py")
         where = {**os.environ, "TIDAR_SERVER": f"{root}/v1"}
-        tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", str(suite)]
+        tests = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", f"{suite}::TestVLLMServer"]
         ended = subprocess.run(tests, env=where, cwd=suite.parent, capture_output=True, text=True, check=False)
         lines = ended.stdout.splitlines()
         print("\n".join(line for line in lines if line.startswith(("FAILED", "ERROR", "E  ")) or line is lines[-1]))
@@ -308,9 +309,10 @@ def main() -> None:
         for number, (mode, places) in enumerate(runs):
             said.append(result(first[number] if number < len(first) else start_engine(folder, mode, places)))
         reference = Reference(folder)
+        plain = {len(places): one for (mode, places), one in zip(runs, said, strict=True) if mode == "ar"}
         for (mode, places), one in zip(runs, said, strict=True):
             name = f"{mode}, {len(places)} GPU{'s' if len(places) > 1 else ''}"
-            report[name] = check(name, one, said[0], reference)
+            report[name] = check(name, one, plain[len(places)], reference)
         del reference
         torch.cuda.empty_cache()
         report["server"] = check_server(folder)

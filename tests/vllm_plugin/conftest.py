@@ -13,7 +13,11 @@ from tidar.vllm.hooks import installed_version
 sys.path.insert(0, str(Path(__file__).parent))
 # Triton reads the variable when it is imported, which is before this file.
 installed = installed_version() is not None and os.environ.get("TRITON_INTERPRET") == "1"
-collect_ignore_glob = [] if installed else ["test_vllm_served.py", "test_vllm_special.py", "test_vllm_server.py"]
+collect_ignore_glob = (
+    []
+    if installed
+    else ["test_vllm_served.py", "test_vllm_special.py", "test_vllm_structured.py", "test_vllm_server.py"]
+)
 if installed:
     os.environ.update(
         VLLM_USE_V2_MODEL_RUNNER="1",
