@@ -76,9 +76,12 @@ def test_products(capability, kind):
     if kind == "fp8" and capability < 89:
         pytest.skip("weights are rounded to such numbers there, see model/quantised.py")
     weight = torch.randn(1024, 4096).to(DTYPE)
+    numbers = weight if kind is None else quantise(weight, kind)
     with absent_gpu(capability) as compiled:
         for tokens in (1, 72, 128) if kind is None else (1, 128, 272):
-            linear.linear(torch.empty(tokens, 4096, dtype=DTYPE), weight if kind is None else quantise(weight, kind))
+            linear.linear(torch.empty(tokens, 4096, dtype=DTYPE), numbers)
+        if kind is not None:
+            linear.linear(torch.empty(1, 4096, dtype=torch.float16), numbers)
     check(compiled, capability)
 
 

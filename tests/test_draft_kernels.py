@@ -13,7 +13,7 @@ from torch import Tensor
 from tidar.kernels import draft as kernels
 from tidar.kernels.judge import Judged, choose_outcomes_fused, decide_eager, decide_fused
 from tidar.kernels.launch import triton
-from tidar.kernels.weights import KINDS, QuantWeight
+from tidar.kernels.weights import KINDS, QuantWeight, quantise
 from tidar.model.network import Network
 from tidar.model.propose import CANDIDATES, fold_head, propose
 from tidar.model.quantised import quantise_model
@@ -124,6 +124,18 @@ def test_a_quantised_output_embedding_is_multiplied_out(kind):
     assert isinstance(walk.embedding, QuantWeight)
     assert drafts.equal(wanted.drafts)
     torch.testing.assert_close(confidence, wanted.confidence, rtol=1e-3, atol=1e-5)
+
+
+@runs_kernels
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("hidden", [64, 192, 96])
+def test_candidates_score_by_interleaved_numbers(kind, hidden):
+    numbers = quantise(torch.randn(300, hidden, device=DEVICE), kind)
+    block = torch.randn(2, 3, hidden, device=DEVICE)
+    logits = block[:, 1:] @ numbers.to(torch.float32).T
+    rest = torch.zeros(300, 16, device=DEVICE)
+    ids, scores = kernels.candidates(kernels.Walk(rest, rest, rest, rest, rest, numbers, None), block, logits, 64)
+    torch.testing.assert_close(scores, logits.gather(-1, ids.long()), rtol=1e-4, atol=1e-4)
 
 
 @runs_kernels

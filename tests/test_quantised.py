@@ -11,13 +11,13 @@ from tidar.decode.cache import RowCache
 from tidar.decode.costs import _fingerprint
 from tidar.decode.engine import Engine, Limits
 from tidar.decode.step import Plan
-from tidar.kernels.linear import choose_quantised, tile_rows
-from tidar.kernels.weights import KINDS, quantise
+from tidar.kernels.linear import choose_quantised, linear_eager, tile_rows
+from tidar.kernels.weights import KINDS, quantise, unpacking
 from tidar.layout import prefill_layout, step_layout
 from tidar.model import fused
 from tidar.model.gated_lora import GatedLinear
 from tidar.model.network import Network
-from tidar.model.quantised import quantise_model, stored_weight
+from tidar.model.quantised import kernel_reads, quantise_model, stored_weight
 from tidar.sampling import SamplingParams
 from tidar.train.conversion import Conversion
 from tiny import PROMPTS, generate, some_prompt, tiny_folder, tiny_lm, tiny_network
@@ -54,6 +54,89 @@ def test_numbers_are_the_nearest_there_are(kind, seed, size, bfloat16):
     assert (said[2] == 0).all()
     largest = weight.double().abs().amax(-1)
     torch.testing.assert_close(said.abs().amax(-1), largest, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("columns", [64, 192, 33])
+@kinds
+def test_rows_are_interleaved_where_blocks_fit(kind, columns):
+    weight = torch.randn(3, columns)
+    numbers = quantise(weight, kind)
+    assert numbers.interleaved == (columns != 33)
+    torch.testing.assert_close(numbers.to(torch.float32), weight, rtol=0.07, atol=0.05)
+    torch.testing.assert_close(numbers[1:].to(torch.float32), numbers.to(torch.float32)[1:], rtol=0, atol=0)
+    if numbers.interleaved:
+        bytes_of = numbers.words.view(torch.uint8).view(numbers.values.dtype).float() * numbers.scale[:, None]
+        column = [64 * (p // 64) + 16 * (p % 4) + p % 64 // 4 for p in range(columns)]
+        assert bytes_of.equal(numbers.to(torch.float32)[:, column])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@kinds
+def test_numbers_are_unpacked_exactly(kind, dtype, monkeypatch):
+    """The instructions for it, followed one by one, for every number there is."""
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    text, kept = unpacking(KINDS[kind][0], dtype), KINDS[kind][0]
+    numbers = torch.arange(256).to(torch.uint8)
+    numbers = numbers[numbers.view(kept).float().isfinite()]
+    numbers = torch.cat((numbers, numbers[: -len(numbers) % 4]))[torch.randperm(256)]
+    words = numbers.view(torch.int32).tolist()
+    for one, other in zip(words, words[1:] + words[:1], strict=True):
+        wanted = torch.tensor([one, other], dtype=torch.int32).view(kept).float().view(2, 4).T
+        pairs = torch.tensor(run_ptx(text, one, other)).to(torch.uint32).view(dtype).view(4, 2).float()
+        assert pairs.equal(wanted), (pairs, wanted)
+
+
+@pytest.mark.parametrize("wrong", [None, "numbers", "compiler"])
+def test_a_kernel_that_fails_here_is_not_used(wrong, monkeypatch, capsys):
+    def product(x, weight):
+        if wrong == "compiler":
+            raise RuntimeError("no such instruction\nmore")
+        return linear_eager(x, weight) * (2 if wrong == "numbers" else 1)
+
+    monkeypatch.setattr("tidar.model.quantised.available", lambda device: True)
+    monkeypatch.setattr("tidar.model.quantised.linear", product)
+    reads = kernel_reads.__wrapped__("int8", torch.device("cpu"), torch.bfloat16)
+    assert reads == (wrong is None)
+    said = {None: "", "numbers": "its results are wrong here\n", "compiler": "no such instruction\n"}[wrong]
+    assert capsys.readouterr().err.endswith(said)
+
+
+def run_ptx(text, one, other):
+    """Registers $0 to $3 after these instructions, from $4 and $5."""
+    at = {"$4": one & 0xFFFFFFFF, "$5": other & 0xFFFFFFFF}
+
+    def floats(value, kind):
+        halves = torch.tensor([value & 0xFFFF, value >> 16], dtype=torch.int32).to(torch.uint16)
+        return halves.view(torch.bfloat16 if kind == "bf16x2" else torch.float16).double()
+
+    def bits(value, kind):
+        rounded = value.to(torch.bfloat16 if kind == "bf16x2" else torch.float16)
+        low, high = rounded.view(torch.uint16).tolist()
+        return low | high << 16
+
+    for line in text.strip("{} \n").split(";"):
+        if not line.strip() or ".reg" in line:
+            continue
+        name, to, *given = line.replace(",", " ").split()
+        a, *rest = (at[word] if word in at else int(word, 16) for word in given)
+        operation, *_, kind = name.split(".")
+        if operation == "mov":
+            at[to] = a
+        elif operation == "prmt":
+            whole = a | rest[0] << 32
+            at[to] = sum((whole >> 8 * (rest[1] >> 4 * i & 7) & 0xFF) << 8 * i for i in range(4))
+        elif operation == "and":
+            at[to] = a & rest[0]
+        elif operation == "shr":
+            at[to] = a >> rest[0]
+        elif operation == "lop3":
+            b, c, table = rest
+            at[to] = sum((table >> ((a >> i & 1) << 2 | (b >> i & 1) << 1 | c >> i & 1) & 1) << i for i in range(32))
+        else:
+            a, b, *c = (floats(value, kind) for value in (a, *rest))
+            at[to] = bits({"fma": a * b + sum(c), "add": a + b, "mul": a * b}[operation], kind)
+    return [at[f"${i}"] for i in range(4)]
 
 
 @given(st.integers(1, 2000), st.integers(1, 200_000), st.integers(16, 16384))

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tidar.kernels.launch import options, prefetch, tl, triton
-from tidar.kernels.weights import QuantWeight
+from tidar.kernels.weights import QuantWeight, natural
 
 EPS = 1e-2
 """Of the sampler head's norms."""
@@ -145,6 +145,7 @@ def candidates(walk: Walk, block: Tensor, logits: Tensor, count: int) -> tuple[T
         BLOCK=min(512, triton.next_power_of_2(hidden)),
         BIAS=walk.bias is not None,
         SCALED=scale is not None,
+        INTERLEAVED=isinstance(walk.embedding, QuantWeight) and walk.embedding.interleaved,
         LINES=triton.next_power_of_2(triton.cdiv(2 * width, 64)),
         num_warps=4,
         **options(logits.device),
@@ -356,6 +357,7 @@ if triton is not None:
         BLOCK: tl.constexpr,
         BIAS: tl.constexpr,
         SCALED: tl.constexpr,
+        INTERLEAVED: tl.constexpr,
         LINES: tl.constexpr,
         PDL: tl.constexpr,
     ):
@@ -377,7 +379,8 @@ if triton is not None:
         total = tl.zeros((SHARE, BLOCK), tl.float32)
         for at in tl.static_range(0, H, BLOCK):
             inside = at + column < H
-            h = tl.load(state + at + column, mask=inside, other=0.0).to(tl.float32)
+            known = natural(at + column) if INTERLEAVED else at + column
+            h = tl.load(state + known, mask=inside, other=0.0).to(tl.float32)
             e = tl.load(embedding + id[:, None] * H + (at + column)[None, :], mask=inside[None, :], other=0.0)
             total += e.to(tl.float32) * h[None, :]
         score = tl.sum(total, 1)

@@ -3,7 +3,8 @@
 The weight tile is the tall operand of the matrix product and the rows are its narrow one, in one or two accumulators
 (64 + 16 rows for 72 slots, 256 + 16 for 272), because tensor-core tiles are powers of two and slots are not. The first
 weight tiles are fetched into L2 before the kernel waits for its input. Weights of eight bits (see weights.py) become
-x's dtype on their way to the tensor cores, which is exact, and the sums are multiplied by their row's scale.
+x's dtype on their way to the tensor cores, which is exact, and the sums are multiplied by their row's scale. They are
+loaded as words of four numbers where rows are interleaved, and each tile of numbers meets its own columns of x.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tidar.kernels.launch import options, prefetch, stages_for, tl, triton
-from tidar.kernels.weights import QuantWeight
+from tidar.kernels.weights import QuantWeight, unpack, unpacking
 
 CACHE_LINE = 128
 """Bytes that are fetched together."""
 
 
 class Tiling(NamedTuple):
-    """How a product is cut: weight rows a program (power of two), columns a loop step, programs that share a row."""
+    """How a product is cut: weight rows a program (power of two), columns a loop step (64 at least for interleaved
+    numbers), programs that share a row."""
 
     rows: int
     columns: int
@@ -51,12 +53,14 @@ def linear(x: Tensor, weight: Tensor | QuantWeight, tiling: Tiling | None = None
             return torch.mm(x, weight.to(x.dtype).t(), out_dtype=torch.float32)[None]
         return linear_eager(x, weight)
     first, second = tile_rows(tokens)
+    words = isinstance(weight, QuantWeight) and weight.interleaved
+    numbers = weight.words if isinstance(weight, QuantWeight) and words else values
     tile = tiling.columns * (tiling.rows * values.element_size() + (first + second) * x.element_size())
     whole = tiling.split == 1 and not unrounded
     y = x.new_empty(tiling.split, tokens, out, dtype=x.dtype if whole else torch.float32)
     _linear[(triton.cdiv(out, tiling.rows), tiling.split)](
         x,
-        values,
+        numbers,
         scale if scale is not None else values,
         y,
         tokens,
@@ -64,12 +68,15 @@ def linear(x: Tensor, weight: Tensor | QuantWeight, tiling: Tiling | None = None
         inner,
         tiling.split,
         x.stride(0),
-        values.stride(0),
+        numbers.stride(0),
         BN=tiling.rows,
         BK=tiling.columns,
         T1=first,
         T2=second,
         SCALED=scale is not None,
+        WORD=4 if words else 1,
+        INTEGER=values.dtype == torch.int8,
+        ASM=unpacking(values.dtype, x.dtype),
         LINES=max(1, tiling.columns * values.element_size() // CACHE_LINE),
         num_warps=tiling.warps,
         num_stages=max(1, stages_for(x.device, tiling.stages, tile)),
@@ -138,6 +145,9 @@ if triton is not None:
         T1: tl.constexpr,
         T2: tl.constexpr,
         SCALED: tl.constexpr,
+        WORD: tl.constexpr,
+        INTEGER: tl.constexpr,
+        ASM: tl.constexpr,
         LINES: tl.constexpr,
         PDL: tl.constexpr,
     ):
@@ -146,12 +156,13 @@ if triton is not None:
         steps = tl.cdiv(tl.cdiv(inner, BK), split)
         begin = part * steps * BK
         end = tl.minimum(inner, begin + steps * BK)
-        k = tl.arange(0, BK)
         w_row = w + n[:, None].to(tl.int64) * stride_w
+        place = tl.arange(0, BK // WORD)
+        k = place // 16 * 64 + place % 16 if WORD > 1 else place  # the first of a word's columns
         if PDL:
             tl.extra.cuda.gdc_launch_dependents()
             line = begin + tl.arange(0, LINES) * (BK // LINES)
-            prefetch(w_row + line[None, :], (n[:, None] < out) & (line[None, :] < end), w)
+            prefetch(w_row + (line // WORD)[None, :], (n[:, None] < out) & (line[None, :] < end), w)
         if SCALED:
             scale = tl.load(scales + n, mask=n < out, other=0.0)
         if PDL:
@@ -165,12 +176,19 @@ if triton is not None:
             x2 = x + t2[:, None] * stride_x
         for at in range(begin, end, BK):
             inside = at + k < end
-            tile = tl.load(w_row + (at + k)[None, :], mask=(n[:, None] < out) & inside[None, :], other=0.0)
-            rows = tl.load(x1 + (at + k)[None, :], mask=(t1[:, None] < tokens) & inside[None, :], other=0.0)
-            first = tl.dot(tile.to(rows.dtype), tl.trans(rows), first, input_precision="ieee")
-            if T2:
-                rows = tl.load(x2 + (at + k)[None, :], mask=(t2[:, None] < tokens) & inside[None, :], other=0.0)
-                second = tl.dot(tile.to(rows.dtype), tl.trans(rows), second, input_precision="ieee")
+            real = (n[:, None] < out) & inside[None, :]
+            loaded = tl.load(w_row + (at // WORD + place)[None, :], mask=real, other=0.0)
+            if WORD > 1:
+                tiles = unpack(loaded, x, INTEGER, ASM)
+            else:
+                tiles = (loaded.to(x.dtype.element_ty),)
+            for part_of_word in tl.static_range(WORD):
+                column = (at + k + 16 * part_of_word)[None, :]
+                rows = tl.load(x1 + column, mask=(t1[:, None] < tokens) & inside[None, :], other=0.0)
+                first = tl.dot(tiles[part_of_word], tl.trans(rows), first, input_precision="ieee")
+                if T2:
+                    rows = tl.load(x2 + column, mask=(t2[:, None] < tokens) & inside[None, :], other=0.0)
+                    second = tl.dot(tiles[part_of_word], tl.trans(rows), second, input_precision="ieee")
         if SCALED:
             first *= scale[:, None]
             if T2:

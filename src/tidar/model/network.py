@@ -96,7 +96,8 @@ class Network(nn.Module):
             TidarError: for another kind, or a model without linear layers.
         """
         check_kind(weights)
-        quantise_model(self.lm, weights, kernel_reads(weights, self.device) and fusable(self.backbone))
+        keep_numbers = fusable(self.backbone) and kernel_reads(weights, self.device, self.lm.dtype)
+        quantise_model(self.lm, weights, keep_numbers)
         self.weights = weights
 
     def build_fused(self) -> FusedBackbone | PackedBackbone | None:

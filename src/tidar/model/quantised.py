@@ -7,6 +7,8 @@ weight in the model's dtype, rounded to what the numbers can say.
 
 from __future__ import annotations
 
+import functools
+import sys
 from typing import Any
 
 import torch
@@ -14,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
-from tidar.errors import TidarError
+from tidar.errors import TidarError, first_line
 from tidar.kernels.launch import available
+from tidar.kernels.linear import linear, linear_eager
 from tidar.kernels.weights import KINDS, QuantWeight, quantise
 
 
@@ -25,9 +28,23 @@ def check_kind(weights: str | None) -> None:
         raise TidarError(f"weights is {weights!r}, but must be one of {', '.join(KINDS)}")
 
 
-def kernel_reads(kind: str, device: torch.device) -> bool:
-    """Whether our kernel for linear layers can stream such numbers there: fp8 needs compute capability 8.9."""
-    return available(device) and (kind != "fp8" or torch.cuda.get_device_capability(device) >= (8, 9))
+@functools.cache
+def kernel_reads(kind: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether our kernel for linear layers streams such numbers there: fp8 needs compute capability 8.9.
+
+    It is tried once against its eager twin, as it makes floats of numbers by instructions of its own.
+    """
+    if not available(device) or (kind == "fp8" and torch.cuda.get_device_capability(device) < (8, 9)):
+        return False
+    x, weight = torch.randn(20, 192, device=device, dtype=dtype), quantise(torch.randn(64, 192, device=device), kind)
+    try:
+        got, wanted = linear(x, weight).double().sum(0), linear_eager(x.double(), weight)[0]
+        why = "" if (got - wanted).norm() < 0.02 * wanted.norm() else "its results are wrong here"
+    except Exception as failure:  # whatever a compiler may raise: there is another way
+        why = first_line(failure)
+    if why:
+        print(f"{kind} weights save no memory here, as the kernel that reads them fails: {why}", file=sys.stderr)
+    return not why
 
 
 class MultipliedOut(nn.Module):
