@@ -19,6 +19,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +151,9 @@ def engine_says(folder: str, mode: str, gpus: int) -> None:
     print(MARK + json.dumps(said), flush=True)
 
 
-def start_engine(folder: str, mode: str, gpus: list[int]) -> subprocess.Popen[str]:
+@contextmanager
+def engine(folder: str, mode: str, gpus: list[int]) -> Iterator[subprocess.Popen[str]]:
+    """A process with an engine; it and all that it started have ended afterwards."""
     own = {
         "VLLM_USE_V2_MODEL_RUNNER": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -159,17 +163,22 @@ def start_engine(folder: str, mode: str, gpus: list[int]) -> subprocess.Popen[st
         "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)),
     }
     command = [sys.executable, __file__, folder, mode, str(len(gpus))]
-    return subprocess.Popen(command, env={**os.environ, **own}, stdout=subprocess.PIPE, text=True, process_group=0)
+    with subprocess.Popen(
+        command, env={**os.environ, **own}, stdout=subprocess.PIPE, text=True, process_group=0
+    ) as process:
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def result(process: subprocess.Popen[str]) -> dict[str, Any]:
-    """What an engine said. One that does not end is killed with all of its processes."""
+    """What an engine said."""
     try:
         text, _ = process.communicate(timeout=LONGEST)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        text, _ = process.communicate()
-        print(text[-3000:])
+    except subprocess.TimeoutExpired as late:
+        print((late.output or b"").decode(errors="replace")[-3000:])
         raise SystemExit(f"an engine did not end within {LONGEST} s") from None
     said = [line.removeprefix(MARK) for line in text.splitlines() if line.startswith(MARK)]
     if process.returncode or not said:
@@ -304,10 +313,12 @@ def main() -> None:
         folder = str(Path(scratch) / "smollm2-135m")
         write_checkpoint(Path(folder))
         runs = [("ar", [0]), ("tidar", [gpus - 1]), *((mode, [0, 1]) for mode in ("ar", "tidar") if gpus > 1)]
-        said = list[dict[str, Any]]()
-        first = [start_engine(folder, mode, places) for mode, places in runs[:2]] if gpus > 1 else []
-        for number, (mode, places) in enumerate(runs):
-            said.append(result(first[number] if number < len(first) else start_engine(folder, mode, places)))
+        with ExitStack() as stack:
+            together = [stack.enter_context(engine(folder, *run)) for run in runs[:2]] if gpus > 1 else []
+            said = [result(process) for process in together]
+        for run in runs[len(said) :]:
+            with engine(folder, *run) as process:
+                said.append(result(process))
         reference = Reference(folder)
         plain = {len(places): one for (mode, places), one in zip(runs, said, strict=True) if mode == "ar"}
         for (mode, places), one in zip(runs, said, strict=True):

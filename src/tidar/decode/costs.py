@@ -28,7 +28,7 @@ REPEATS, PATIENCE = 7, 0.5
 """Steps timed for each plan, fewer once they took this many seconds."""
 ROUNDS = 2
 """How often they are timed together, where steps are launched ahead of their results."""
-VERSION = 3
+VERSION = 4
 """Of how costs are measured and what is measured; others' files are not read."""
 MOST_TOKENS, MOST_TOKENS_CPU = 4096, 256
 """Forwards of more tokens than this are not considered: their slots are not free anywhere."""
