@@ -39,7 +39,14 @@ def checked(name: str) -> str:
         lines.append([engine, same, row["largest_gap"], steps["alone"], steps["together"], row["start_s"]])
     text = f"{conditions(result)}. vLLM {c['vllm']}, greedy, template {c['template']}, "
     text += f"{c['max_new_tokens']} new tokens at most.\n\n"
-    header = ["engine", "answers as plain on 1 GPU", "largest gap", "tokens a step, alone", "together", "start, s"]
+    header = [
+        "engine",
+        f"answers as {result['compared_with']}",
+        "largest gap",
+        "tokens a step, the first alone",
+        "together",
+        "start, s",
+    ]
     return text + table(header, lines)
 
 

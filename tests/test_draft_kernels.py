@@ -133,8 +133,8 @@ def test_candidates_score_by_interleaved_numbers(kind, hidden):
     numbers = quantise(torch.randn(300, hidden, device=DEVICE), kind)
     block = torch.randn(2, 3, hidden, device=DEVICE)
     logits = block[:, 1:] @ numbers.to(torch.float32).T
-    rest = torch.zeros(300, 16, device=DEVICE)
-    ids, scores = kernels.candidates(kernels.Walk(rest, rest, rest, rest, rest, numbers, None), block, logits, 64)
+    tokens, rest = torch.zeros(300, 32, device=DEVICE), torch.zeros(300, 16, device=DEVICE)
+    ids, scores = kernels.candidates(kernels.Walk(rest, tokens, rest, rest, rest, numbers, None), block, logits, 64)
     torch.testing.assert_close(scores, logits.gather(-1, ids.long()), rtol=1e-4, atol=1e-4)
 
 

@@ -11,7 +11,7 @@ from tidar.decode.cache import RowCache
 from tidar.decode.costs import _fingerprint
 from tidar.decode.engine import Engine, Limits
 from tidar.decode.step import Plan
-from tidar.kernels.linear import choose_quantised, linear_eager, tile_rows
+from tidar.kernels.linear import Tiling, choose_quantised, linear, linear_eager, tile_rows
 from tidar.kernels.weights import KINDS, quantise, unpacking
 from tidar.layout import prefill_layout, step_layout
 from tidar.model import fused
@@ -100,6 +100,11 @@ def test_a_kernel_that_fails_here_is_not_used(wrong, monkeypatch, capsys):
     assert reads == (wrong is None)
     said = {None: "", "numbers": "its results are wrong here\n", "compiler": "no such instruction\n"}[wrong]
     assert capsys.readouterr().err.endswith(said)
+
+
+def test_steps_hold_whole_blocks():
+    with pytest.raises(ValueError, match="32 columns a step"):
+        linear(torch.randn(1, 128), quantise(torch.randn(4, 128), "int8"), Tiling(32, 32, 1, 4, 2))
 
 
 def run_ptx(text, one, other):

