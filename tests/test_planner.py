@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tidar import TidarError, TidarModel
-from tidar.decode.costs import REPEATS, ROUNDS, Costs
+from tidar.decode.costs import REPEATS, ROUNDS, Costs, _Bench
 from tidar.decode.engine import Engine, Limits
 from tidar.decode.planner import (
     CAPTURE,
@@ -613,3 +613,22 @@ def test_options_that_would_do_nothing_are_refused(options, message):
     params = SamplingParams(trust=options.pop("trust", 1.0))
     with pytest.raises(TidarError, match=message):
         TidarModel(network_of("llama"), None).plan(params=params, **options)
+
+
+@pytest.mark.parametrize(("step", "together", "samples"), [(0.2, 1, 2), (0.02, 5, 4), (1e-4, REPEATS, 6)])
+def test_samples_of_short_steps_last_as_long_as_those_of_long_ones(step, together, samples, monkeypatch):
+    """On a machine that is slow every now and then the fastest of short steps would be spared that, but no long one."""
+    counts = []
+
+    def seconds(bench, plan, count):
+        counts.append(count)
+        return step / 2 if count == 1 and len(counts) == 2 else step  # the first sample had luck
+
+    monkeypatch.setattr(_Bench, "_together", seconds)
+    runner = Runner(tiny_network("llama"))
+    assert not runner.lag
+    found = _Bench(runner, Plan(8), 1).seconds(Plan(1))
+    assert found == step
+    assert counts[:2] == [1, 1]  # one before, and one to see how long they take
+    assert len(counts[2:]) in range(samples - 1, samples + 2)
+    assert set(counts[2:]) <= {together, min(REPEATS, 2 * together)}

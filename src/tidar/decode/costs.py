@@ -25,7 +25,10 @@ from tidar.sampling import Sampling, SamplingParams
 PREFIX = 512
 """Cached tokens a row while measuring."""
 REPEATS, PATIENCE = 7, 0.5
-"""Steps timed for each plan, fewer once they took this many seconds."""
+"""Samples of each plan, fewer once they took this many seconds; and the most steps of a sample."""
+SAMPLE = 0.1
+"""Seconds that a sample lasts, if that many steps do: what disturbs a machine now and then would else spare the fastest
+of short steps, but no long one, and make drafting look dearer than it is."""
 ROUNDS = 2
 """How often they are timed together, where steps are launched ahead of their results."""
 VERSION = 4
@@ -124,10 +127,11 @@ class _Bench:
         self._together(plan, 1)  # compiles, or captures
         if self.runner.lag:
             return min(self._together(plan, REPEATS) for _ in range(ROUNDS))
-        taken = [self._together(plan, 1)]
-        while len(taken) < REPEATS and sum(taken) < PATIENCE:
-            taken.append(self._together(plan, 1))
-        return min(taken)
+        taken, steps = [self._together(plan, 1)], 1
+        while len(taken) < REPEATS and steps * sum(taken) < PATIENCE:
+            steps = min(REPEATS, math.ceil(SAMPLE / min(taken)))
+            taken.append(self._together(plan, steps))
+        return min(taken[1:] or taken)
 
     def _together(self, plan: Plan, count: int) -> float:
         """Seconds a step of `count` that are launched as a run launches them: ahead of their results, if it does."""
