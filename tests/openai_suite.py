@@ -6,6 +6,8 @@ The class gives a fixture `served`.
 import asyncio
 import os
 import random
+import re
+import urllib.request
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -14,6 +16,20 @@ import pytest
 
 MESSAGES = [{"role": "user", "content": "Count to twenty."}]
 PROMPTS = ["The sea is", "One, two, three,", "def add(a, b):", "x", "Once upon a time there was a king who"]
+
+
+def alive(root: str) -> bool:
+    """Whether the server at this address answers."""
+    try:
+        return urllib.request.urlopen(f"{root}/health", timeout=2).status == 200
+    except OSError:
+        return False
+
+
+def metric(root: str, name: str) -> float:
+    """A counter of its metrics page, all labels together."""
+    page = urllib.request.urlopen(f"{root}/metrics").read().decode()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in page.splitlines() if re.match(rf"{name}(\{{|\s)", line))
 
 
 @dataclass

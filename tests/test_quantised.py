@@ -65,7 +65,7 @@ def test_rows_are_interleaved_where_blocks_fit(kind, columns):
     torch.testing.assert_close(numbers.to(torch.float32), weight, rtol=0.07, atol=0.05)
     torch.testing.assert_close(numbers[1:].to(torch.float32), numbers.to(torch.float32)[1:], rtol=0, atol=0)
     if numbers.interleaved:
-        bytes_of = numbers.words.view(torch.uint8).view(numbers.values.dtype).float() * numbers.scale[:, None]
+        bytes_of = numbers.values.float() * numbers.scale[:, None]
         column = [64 * (p // 64) + 16 * (p % 4) + p % 64 // 4 for p in range(columns)]
         assert bytes_of.equal(numbers.to(torch.float32)[:, column])
 

@@ -1,4 +1,4 @@
-"""What only GPUs can show of the plug-in for vLLM: `make vllm-check`, in an environment that has tidar and vLLM.
+"""What only GPUs can show of the plug-in: `make vllm-check`, where tidar with its dev extra and vLLM are installed.
 
 The real smollm2-135m, with heads added that do nothing, so that two GPUs can share them. Engines with and without
 drafting, on one GPU and (where there are two) on two: each token of every greedy answer must be the float32 base
@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from openai_suite import alive, metric
 from tidar.config import TidarConfig
 from tidar.model import hub
 from tidar.model.drafter import Drafter
@@ -268,7 +269,7 @@ def check_server(folder: str) -> dict[str, Any]:
         for text in texts[len(TEXTS) :]:
             assert json.loads(text).keys() == {"city", "people"}, text
         time.sleep(1.5)  # counters are read once a second
-        steps, tokens = (counter(root, name) for name in ("tidar_steps_total", "tidar_tokens_total"))
+        steps, tokens = (metric(root, name) for name in ("tidar_steps_total", "tidar_tokens_total"))
         print(f"server: {steps:.0f} drafting steps, {tokens / steps:.2f} tokens each", flush=True)
         suite = Path(__file__).with_name("openai_suite.py")
         where = {**os.environ, "TIDAR_SERVER": f"{root}/v1"}
@@ -286,13 +287,6 @@ def check_server(folder: str) -> dict[str, Any]:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def alive(root: str) -> bool:
-    try:
-        return urllib.request.urlopen(f"{root}/health", timeout=2).status == 200
-    except OSError:
-        return False
-
-
 def chat(root: str, text: str, more: dict[str, Any]) -> str:
     asked = {"model": "smollm2", "messages": [{"role": "user", "content": text}], "max_tokens": NEW, "temperature": 0}
     data = json.dumps({**asked, **more}).encode()
@@ -301,11 +295,6 @@ def chat(root: str, text: str, more: dict[str, Any]) -> str:
     )
     with urllib.request.urlopen(request, timeout=120) as answer:
         return json.load(answer)["choices"][0]["message"]["content"]
-
-
-def counter(root: str, name: str) -> float:
-    page = urllib.request.urlopen(f"{root}/metrics").read().decode()
-    return sum(float(line.rsplit(" ", 1)[1]) for line in page.splitlines() if re.match(rf"{name}(\{{|\s)", line))
 
 
 def main() -> None:

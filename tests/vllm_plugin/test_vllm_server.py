@@ -1,18 +1,16 @@
 """`vllm serve` with the plug-in, over HTTP, through the official client."""
 
 import os
-import re
 import socket
 import subprocess
 import time
-import urllib.request
 from pathlib import Path
 
 import openai
 import pytest
 from models import tiny_checkpoint
 
-from openai_suite import Served, VLLMSuite
+from openai_suite import Served, VLLMSuite, alive, metric
 from tidar.vllm import Options, command, environment
 from tiny import tiny_folder
 
@@ -37,7 +35,7 @@ def server(tmp_path_factory):
     address = f"http://127.0.0.1:{port}"
     deadline = time.monotonic() + START
     try:
-        while not _alive(address):
+        while not alive(address):
             said = Path(log.name).read_text()[-3000:]
             assert process.poll() is None, said
             assert time.monotonic() < deadline, said
@@ -48,24 +46,12 @@ def server(tmp_path_factory):
         process.wait(30)
 
 
-def _alive(address):
-    try:
-        return urllib.request.urlopen(f"{address}/health", timeout=2).status == 200
-    except OSError:
-        return False
-
-
 @pytest.fixture(scope="module")
 def client(server):
     return openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
 
 
 ASKED = {"model": "tiny", "prompt": "hello", "max_tokens": 40, "temperature": 0.0}
-
-
-def metric(server, name):
-    text = urllib.request.urlopen(f"{server}/metrics").read().decode()
-    return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if re.match(rf"{name}(\{{|\s)", line))
 
 
 def test_switch_streaming_and_metrics(client, server):

@@ -227,7 +227,7 @@ def _measure(
         network.learned = learned[number]  # no contestant may profit from what another learned of the text
         return jobs[number].run(prompts, jobs[number].batch, new)
 
-    warm_ups, everyone = list[float](), range(len(jobs))
+    warm_ups = list[float]()
     try:
         for number, job in enumerate(jobs):
             # On a GPU all prompts, so that prefills of all sizes are captured.
@@ -236,7 +236,7 @@ def _measure(
                 warm_ups.append(
                     run(number, job.prompts if all_sizes else job.prompts[: max(job.batch, 2)], new).seconds
                 )
-        passes = [[run(number, jobs[number].prompts, new) for number in everyone] for _ in range(repeats)]
+        passes = [[run(number, job.prompts, new) for number, job in enumerate(jobs)] for _ in range(repeats)]
         firsts = [
             [run(number, job.prompts[: job.batch], 1).seconds for number, job in enumerate(jobs)]
             for _ in range(repeats)

@@ -55,7 +55,7 @@ def linear(x: Tensor, weight: Tensor | QuantWeight, tiling: Tiling | None = None
         return linear_eager(x, weight)
     first, second = tile_rows(tokens)
     words = isinstance(weight, QuantWeight) and weight.interleaved
-    numbers = weight.words if isinstance(weight, QuantWeight) and words else values
+    numbers = values.view(torch.int32) if words else values
     if words and tiling.columns % BLOCK:
         raise ValueError(f"{tiling.columns} columns a step, but numbers are interleaved by {BLOCK}")
     tile = tiling.columns * (tiling.rows * values.element_size() + (first + second) * x.element_size())

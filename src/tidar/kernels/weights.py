@@ -44,11 +44,6 @@ class QuantWeight:
     def interleaved(self) -> bool:
         return self.values.shape[-1] % BLOCK == 0
 
-    @property
-    def words(self) -> Tensor:
-        """[N, K / 4] int32, four numbers each; only of interleaved ones."""
-        return self.values.view(torch.int32)
-
     def __len__(self) -> int:
         return len(self.values)
 
