@@ -12,11 +12,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from tidar.kernels import attention, launch
+from tidar.kernels import attention, launch, linear
 
 SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """Bytes of shared memory that a program can have, by compute capability: A100; L4, RTX 4090; H100; B200; RTX 5090."""
-PROCESSORS = 128
+PROCESSORS = 132
 
 
 class AbsentDriver:
@@ -55,9 +55,12 @@ def absent_gpu(capability: int) -> Iterator[dict[str, Any]]:
         for module in (launch, attention):
             patch.setattr(module, "multiplies_from_shared", lambda device: 90 <= capability < 120)
         patch.setattr(launch, "dependent_launch", lambda device: capability >= 90)
-        patch.setattr(attention, "processors", lambda device: PROCESSORS)
+        for module in (linear, attention):
+            patch.setattr(module, "processors", lambda device: PROCESSORS)
         driver.set_active(AbsentDriver(capability))
+        linear.choose.cache_clear()  # it depends on what was replaced
         try:
             yield compiled
         finally:
+            linear.choose.cache_clear()
             driver.reset_active() if torch.cuda.is_available() else driver.set_active(None)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tidar.kernels import attention, draft, gated, judge, linear, norm, paged, rotary, swiglu
+from tidar.kernels import attention, draft, gated, judge, launch, linear, norm, paged, rotary, swiglu
 from tidar.kernels.norm import LowRank
 from tidar.kernels.weights import quantise
 from tidar.layout import Layout, step_layout
@@ -78,7 +78,7 @@ def test_products(capability, kind):
     weight = torch.randn(1024, 4096).to(DTYPE)
     numbers = weight if kind is None else quantise(weight, kind)
     with absent_gpu(capability) as compiled:
-        for tokens in (1, 72, 128) if kind is None else (1, 128, 272):
+        for tokens in (1, 72, 128) if kind is None else (1, 32, 64, 96, 128, 272):
             linear.linear(torch.empty(tokens, 4096, dtype=DTYPE), numbers)
         if kind is not None:
             linear.linear(torch.empty(1, 4096, dtype=torch.float16), numbers)
@@ -89,6 +89,19 @@ def test_products(capability, kind):
             assert "warp_group_dot_wait" in loop
             assert "pendings = 0" not in loop
             assert "tt.load" not in loop
+
+
+@pytest.mark.parametrize("kind", [None, "int8"])
+def test_on_hopper_products_fill_the_gpu_at_once(kind):
+    """At the shapes of Qwen3-8B, one row: what is left idle in the end costs more than how tiles are cut."""
+    with absent_gpu(90):
+        for out, inner in ((6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288)):
+            tiling = linear.choose(1, out, inner, kind is not None, torch.device("cpu"))
+            assert tiling is not None
+            tile = tiling.columns * (tiling.rows * (2 if kind is None else 1) + 16 * 2)
+            programs = -(-out // tiling.rows) * tiling.split
+            at_once = PROCESSORS * launch.programs_for(torch.device("cpu"), tiling.stages, tile)
+            assert 0.72 <= programs / at_once <= 1
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

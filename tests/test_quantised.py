@@ -11,7 +11,7 @@ from tidar.decode.cache import RowCache
 from tidar.decode.costs import _fingerprint
 from tidar.decode.engine import Engine, Limits
 from tidar.decode.step import Plan
-from tidar.kernels.linear import Tiling, choose_quantised, linear, linear_eager, tile_rows
+from tidar.kernels.linear import Tiling, choose, linear, linear_eager, tile_rows
 from tidar.kernels.weights import KINDS, quantise, unpacking
 from tidar.layout import prefill_layout, step_layout
 from tidar.model import fused
@@ -144,13 +144,13 @@ def run_ptx(text, one, other):
     return [at[f"${i}"] for i in range(4)]
 
 
-@given(st.integers(1, 2000), st.integers(1, 200_000), st.integers(16, 16384))
-def test_tilings_hold_their_rows(tokens, out, inner):
-    tiling = choose_quantised(tokens, out, inner)
-    assert (tiling is None) == (tokens > 272)
+@given(st.integers(1, 2000), st.integers(1, 200_000), st.integers(16, 16384), st.booleans())
+def test_tilings_hold_their_rows(tokens, out, inner, numbers):
+    tiling = choose(tokens, out, inner, numbers, torch.device("cpu"))
+    assert (tiling is None) == (tokens > 272 if numbers else tokens > 128 or (tokens > 16 and out > 8192))
     if tiling is not None:
-        assert sum(tile_rows(tokens)) >= tokens
-        assert tiling.split == 1 or inner >= 256 * tiling.split
+        assert sum(tile_rows(tokens, numbers)) >= tokens
+        assert tiling.split == 1 or -(-inner // tiling.columns) >= 2 * tiling.split
 
 
 @kinds

@@ -98,6 +98,12 @@ def stages_for(device: torch.device, wanted: int, tile: int, rest: int = 0) -> i
     return min(wanted, held if multiplies_from_shared(device) else held + 1)
 
 
+def programs_for(device: torch.device, stages: int, tile: int) -> int:
+    """How many programs with so many tiles in flight, of so many bytes each, share a multiprocessor's memory."""
+    held = max(1, stages_for(device, stages, tile)) * tile + BARRIERS
+    return max(1, shared_memory(device) // held)
+
+
 @functools.cache
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU (1 elsewhere)."""

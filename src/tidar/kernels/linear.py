@@ -8,17 +8,21 @@ x's dtype on their way to the tensor cores, which is exact, and the sums are mul
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tidar.kernels.launch import options, prefetch, stages_for, tl, triton
+from tidar.kernels.launch import options, prefetch, processors, programs_for, stages_for, tl, triton
 from tidar.kernels.weights import BLOCK, QuantWeight, unpack, unpacking
 
 CACHE_LINE = 128
 """Bytes that are fetched together."""
+MOST_SPLITS = 8
+"""Programs that share a row of weights, at most."""
 
 
 class Tiling(NamedTuple):
@@ -48,12 +52,12 @@ def linear(x: Tensor, weight: Tensor | QuantWeight, tiling: Tiling | None = None
     out = weight.shape[0]
     values, scale = (weight.values, weight.scale) if isinstance(weight, QuantWeight) else (weight, None)
     if tiling is None and x.dtype != torch.float32:  # float32 is for checking, and its tiles would not fit
-        tiling = choose(tokens, out, inner) if scale is None else choose_quantised(tokens, out, inner)
+        tiling = choose(tokens, out, inner, scale is not None, x.device)
     if tiling is None:
         if unrounded and x.is_cuda and x.dtype != torch.float32:
             return torch.mm(x, weight.to(x.dtype).t(), out_dtype=torch.float32)[None]
         return linear_eager(x, weight)
-    first, second = tile_rows(tokens)
+    first, second = tile_rows(tokens, scale is not None)
     words = isinstance(weight, QuantWeight) and weight.interleaved
     numbers = values.view(torch.int32) if words else values
     if words and tiling.columns % BLOCK:
@@ -88,8 +92,13 @@ def linear(x: Tensor, weight: Tensor | QuantWeight, tiling: Tiling | None = None
     return y
 
 
-def tile_rows(tokens: int) -> tuple[int, int]:
-    """The two accumulators' widths (powers of two, at least 16; the second may be 0) that hold `tokens` rows."""
+def tile_rows(tokens: int, numbers: bool = False) -> tuple[int, int]:
+    """The two accumulators' widths (powers of two, at least 16; the second may be 0) that hold `tokens` rows.
+
+    Where weights are `numbers`, two narrow products take longer than a wide one.
+    """
+    if numbers and 32 < tokens <= 64:
+        return 64, 0
     for total in range(-(-tokens // 16) * 16, 1025, 16):
         first = 1 << (total.bit_length() - 1)
         rest = total - first
@@ -98,35 +107,58 @@ def tile_rows(tokens: int) -> tuple[int, int]:
     raise ValueError(f"{tokens} rows are too many for one tile")
 
 
-def choose(tokens: int, out: int, inner: int) -> Tiling | None:
-    """A tiling by what was measured on an H100 (results/linear-h100.json), or None where cuBLAS was faster.
+class Cut(NamedTuple):
+    """A Tiling whose split is to be chosen."""
 
-    Small weights need more programs than they have tiles of rows, so their columns are split.
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+_PLAIN = (
+    (16, (Cut(64, 128, 4, 6), Cut(64, 128, 4, 3))),
+    (128, (Cut(64, 128, 4, 4),)),
+)
+"""The cuts that were fastest for up to so many tokens (results/linear-h200.json)."""
+_NUMBERS = (
+    (16, (Cut(64, 256, 4, 4), Cut(64, 128, 4, 6))),
+    (32, (Cut(64, 128, 4, 6), Cut(128, 128, 8, 3))),
+    (64, (Cut(64, 128, 4, 4), Cut(64, 128, 4, 3))),
+    (96, (Cut(64, 128, 4, 3), Cut(64, 64, 4, 5))),
+    (128, (Cut(128, 128, 8, 4),)),
+    (272, (Cut(128, 64, 8, 4),)),
+)
+"""The same for weights of eight bits."""
+
+
+@functools.cache
+def choose(tokens: int, out: int, inner: int, numbers: bool, device: torch.device) -> Tiling | None:
+    """A tiling by what was measured; None where cuBLAS is as fast, for numbers after they are multiplied out.
+
+    What decides is whether the programs, several of which share a multiprocessor, fill the GPU at once: if part of it
+    is idle in the end, a third of the time can go there. So weights are divided among programs by rows and by columns.
     """
-    if tokens > 128 or (tokens > 16 and out > 128 * 64):
+    cuts = next((cuts for most, cuts in (_NUMBERS if numbers else _PLAIN) if tokens <= most), None)
+    if cuts is None or (not numbers and tokens > 16 and out > 128 * 64):
         return None
-    return Tiling(64, 128, _split(tokens, -(-out // 64), inner), 4, 4)
-
-
-def choose_quantised(tokens: int, out: int, inner: int) -> Tiling | None:
-    """The same for weights of eight bits; None from where they are better multiplied out for cuBLAS, as in prefills."""
-    if tokens > 272:
-        return None
-    # Half the bytes a tile: more of them must be under way to keep the memory busy.
-    least = 2 if inner >= 1024 else 1
-    if tokens > 192:  # rows of weights for two groups of warps, so that the sums fit their registers
-        return Tiling(128, 64, max(least, _split(tokens, -(-out // 128), inner)), 8, 3)
-    if tokens > 128:
-        return Tiling(64, 64, _split(tokens, -(-out // 64), inner), 4, 4)
-    return Tiling(64, 128, max(least if tokens <= 16 else 1, _split(tokens, -(-out // 64), inner)), 4, 4)
-
-
-def _split(tokens: int, tiles: int, inner: int) -> int:
-    """Into how many programs a tile of weight rows is divided, so that there is work for the whole GPU."""
-    split = 1
-    while split < 8 and tiles * split < (256 if tokens <= 16 else 96) and inner >= 2 * split * 256:
-        split *= 2
-    return split
+    width, tiles = (1 if numbers else 2), sum(tile_rows(tokens, numbers))
+    best, least = None, math.inf
+    for cut in cuts:
+        together = programs_for(device, cut.stages, cut.columns * (cut.rows * width + tiles * 2))
+        steps = -(-inner // cut.columns)
+        for split in range(1, max(1, min(MOST_SPLITS, steps // 2)) + 1):
+            rounds = -(-out // cut.rows) * split / (processors(device) * together)
+            used = rounds / math.ceil(rounds) * steps / (split * -(-steps // split))
+            if rounds > 1:  # they begin one by one, which others on the same multiprocessor can hide
+                used *= 0.75 if together > 1 else 0.5
+            # Picoseconds a row of weights, at 4 TB/s or 500 TFLOP/s, and its partial sums', which stay in L2.
+            time = inner * max(width / 4, tokens / 250) / used
+            if split > 1 and tokens > 16:
+                time += tokens * (split - 0.5) / 2
+            if time * 1.04 < least:  # the first cuts and the fewest parts, unless more gain something
+                best, least = Tiling(cut.rows, cut.columns, split, cut.warps, cut.stages), time
+    return best
 
 
 if triton is not None:
