@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import json
 import os
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -227,3 +228,45 @@ def test_benchmark_on_random_weights(tmp_path, monkeypatch):
     assert engine_options(folder, Options(cuda=True))["hf_overrides"] == {"architectures": ["TidarLlamaForCausalLM"]}
     with pytest.raises(TidarError, match="share of drafts"):
         next(serving.measure(serving.Load("random:smollm2-135m")))
+
+
+STAND_IN = """
+import json, sys
+given = json.loads(sys.argv[1])
+print("a line of vLLM's", flush=True)
+print("RESULT", json.dumps({"machine": {"device": "none"}, given["mode"] + "_start_s": 1.0}), flush=True)
+for number, line in enumerate(sys.stdin):
+    with open(sys.argv[2], "a") as turns:
+        turns.write(given["mode"] + line)
+    if given["mode"] == "tidar" and number == int(sys.argv[3]):
+        sys.exit(3)
+    print("RESULT", json.dumps({"tokens_per_s": (5, 7, 1, 3)[number % 4]}), flush=True)
+"""
+
+
+def stand_ins(monkeypatch, turns, end):
+    def command(given):
+        return [sys.executable, "-c", STAND_IN, json.dumps(given), str(turns), str(end)]
+
+    monkeypatch.setattr(serving, "_command", command)
+    return serving.measure(serving.Load("folder", concurrency=(1, 4), rounds=2, repeats=3))
+
+
+def test_benchmark_takes_turns(monkeypatch, tmp_path):
+    *_, result = stand_ins(monkeypatch, tmp_path / "turns", -1)
+    passes = [
+        f"{mode}[{requests}, {rounds}]" for requests in (1, 4) for rounds in (1, 2, 2, 2) for mode in serving.MODES
+    ]
+    assert (tmp_path / "turns").read_text().split("\n")[:-1] == passes
+    rows = [(row["mode"], row["concurrency"], row["tokens_per_s"]) for row in result["rows"]]
+    assert rows == [("ar", 1, 3), ("tidar", 1, 3), ("ar", 4, 3), ("tidar", 4, 3)]
+    assert result["rows"][0]["all_tokens_per_s"] == [7, 1, 3]  # without the one that warms up
+    assert result["conditions"]["device"] == "none"
+    assert result["tidar_start_s"] == 1.0
+
+
+def test_benchmark_keeps_what_it_has_where_a_contestant_ends(monkeypatch, tmp_path):
+    results = []
+    with pytest.raises(TidarError, match="mode 'tidar' ended with code 3"):
+        results.extend(stand_ins(monkeypatch, tmp_path / "turns", 5))
+    assert [row["concurrency"] for row in results[-1]["rows"]] == [1, 1]

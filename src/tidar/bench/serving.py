@@ -1,8 +1,9 @@
 """vLLM with and without the plug-in, at several numbers of concurrent requests, in one run.
 
-Each contestant has a process of its own, so that it has the whole device; inside, the engine is stepped directly,
-without HTTP. Weights are those of a checkpoint folder, or random ones at a real model's shape, for which a fixed share
-of drafts is made to stand: which ones is random, what a step costs is not.
+Each contestant has a process of its own, which steps its engine directly, without HTTP. They share the device's memory
+and take turns, pass by pass: a small model's step takes as long as the host's code, and hosts are not equally fast all
+the time. Weights are those of a checkpoint folder, or random ones at a real model's shape, for which a fixed share of
+drafts is made to stand: which ones is random, what a step costs is not.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,10 @@ MODES = ("ar", "tidar")
 MARK = "RESULT "
 LEAST = 8
 """Requests of a measurement."""
+MEMORY = 0.85
+"""Share of the device's memory that all contestants have together."""
+PATIENCE = 60.0
+"""Seconds that one may take to end."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class Load:
         prompts: a set of prompts instead (its name, its file, how many of the first), through the checkpoint's chat
             template; answers end where the model ends them, and have at most `new` tokens.
         rounds: how many requests follow each other in each place; more where that would be fewer than LEAST.
-        repeats: measurements of each, after one to warm up; the one with the median rate counts.
+        repeats: measurements of each, in turns, after one to warm up; the one with the median rate counts.
         survival: probability that a draft stands, for random weights; None judges drafts as they are.
         draft_length, outcomes, curve: see `vllm.command.Options`.
         more: further keyword arguments of `vllm.LLM`.
@@ -83,37 +89,77 @@ def measure(load: Load, modes: Sequence[str] = MODES) -> Iterator[dict[str, Any]
     result: dict[str, Any] = {"conditions": conditions, "load": asked, "rows": []}
     with tempfile.TemporaryDirectory(prefix="tidar-serving-") as scratch:
         folder = write_random(load.model, Path(scratch)) if load.model in RANDOM else load.model
-        for mode in modes:
-            for line in _child(load, mode, folder):
-                if "machine" in line:
-                    conditions |= line.pop("machine")
-                    result.update(line)
-                else:
-                    result["rows"].append(line)
+        with ExitStack() as stack:
+            contestants = list[Contestant]()
+            for mode in modes:  # one after the other: each measures what memory the others leave
+                given = {**asdict(load), "mode": mode, "folder": folder, "memory": MEMORY / len(modes)}
+                contestants.append(stack.enter_context(Contestant(mode, _command(given))))
+                started = contestants[-1].says()
+                conditions |= started.pop("machine")
+                result.update(started)
+                yield result
+            for concurrency in load.concurrency:
+                passes = [list[dict[str, Any]]() for _ in contestants]
+                for rounds in (1, *[load.rounds] * load.repeats):  # the first warms up
+                    for contestant, rows in zip(contestants, passes, strict=True):
+                        rows.append(contestant.measures(concurrency, rounds))
+                for contestant, (_, *rows) in zip(contestants, passes, strict=True):
+                    rates = [row["tokens_per_s"] for row in rows]
+                    middle = rows[rates.index(statistics.median_low(rates))]
+                    row = {"mode": contestant.mode, "concurrency": concurrency, **middle, "all_tokens_per_s": rates}
+                    result["rows"].append(row)
                 yield result
 
 
-def _child(load: Load, mode: str, folder: str) -> Iterator[dict[str, Any]]:
-    environment = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_USE_V2_MODEL_RUNNER": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    command = [
-        sys.executable,
-        "-m",
-        "tidar.bench.serving",
-        json.dumps({**asdict(load), "mode": mode, "folder": folder}),
-    ]
-    with subprocess.Popen(command, env={**environment, **os.environ}, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
+def _command(given: dict[str, Any]) -> list[str]:
+    return [sys.executable, "-m", "tidar.bench.serving", json.dumps(given)]
+
+
+class Contestant:
+    """vLLM in a process of its own, measuring when it is asked to."""
+
+    def __init__(self, mode: str, command: Sequence[str]) -> None:
+        self.mode = mode
+        environment = {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_USE_V2_MODEL_RUNNER": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_LOGGING_LEVEL": "WARNING",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, env={**environment, **os.environ}, stdin=pipe, stdout=pipe, text=True)
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.asked, self.said = self.process.stdin, self.process.stdout
+
+    def __enter__(self) -> Contestant:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        with suppress(BrokenPipeError):
+            self.asked.close()
+        try:
+            self.process.wait(0 if any(failure) else PATIENCE)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.said.close()
+
+    def measures(self, concurrency: int, rounds: int) -> dict[str, Any]:
+        """One pass. Raises TidarError if the process has ended."""
+        with suppress(BrokenPipeError):  # what it said is read below
+            self.asked.write(json.dumps([concurrency, rounds]) + "\n")
+            self.asked.flush()
+        return self.says()
+
+    def says(self) -> dict[str, Any]:
+        """What it says next. Raises TidarError if it ends instead."""
+        for line in self.said:
             if line.startswith(MARK):
-                yield json.loads(line.removeprefix(MARK))
-    if process.returncode:
-        raise TidarError(f"vLLM with mode {mode!r} ended with code {process.returncode}; what it said stands above")
+                return json.loads(line.removeprefix(MARK))
+        code = self.process.wait()
+        raise TidarError(f"vLLM with mode {self.mode!r} ended with code {code}; what it said stands above")
 
 
 def write_random(name: str, folder: Path) -> str:
@@ -141,7 +187,7 @@ def write_random(name: str, folder: Path) -> str:
 
 
 def _run(given: dict[str, Any]) -> None:
-    """One contestant, in its own process."""
+    """A contestant's process: says when it is ready, then measures what it is asked for, line by line."""
     from tidar.vllm.plugin import register
 
     register()
@@ -160,7 +206,7 @@ def _run(given: dict[str, Any]) -> None:
         "skip_tokenizer_init": True,
         "enable_prefix_caching": False,
         "disable_log_stats": True,
-        "gpu_memory_utilization": 0.85,
+        "gpu_memory_utilization": given["memory"],
         "seed": 0,
         **({"load_format": "dummy"} if given["model"] in RANDOM else {}),
     }
@@ -178,13 +224,9 @@ def _run(given: dict[str, Any]) -> None:
     dtype = str(llm.llm_engine.model_config.dtype).removeprefix("torch.")
     where = {"device": device, "threads": None, "dtype": dtype, "vllm": vllm.__version__, "template": template}
     _say({"machine": where, f"{given['mode']}_start_s": round(time.perf_counter() - started, 1), "curve": curve})
-    for concurrency in given["concurrency"]:
-        request = (llm, given["prompt"], texts, given["new"], concurrency)
-        one(*request, 1)  # warms up
-        rows = [one(*request, given["rounds"]) for _ in range(given["repeats"])]
-        rates = [row["tokens_per_s"] for row in rows]
-        middle = rows[rates.index(statistics.median_low(rates))]
-        _say({"mode": given["mode"], "concurrency": concurrency, **middle, "all_tokens_per_s": rates})
+    for line in sys.stdin:
+        concurrency, rounds = json.loads(line)
+        _say(one(llm, given["prompt"], texts, given["new"], concurrency, rounds))
 
 
 def _encoded(given: dict[str, Any]) -> tuple[list[list[int]], str]:
