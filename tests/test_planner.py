@@ -27,6 +27,7 @@ from tidar.decode.planner import (
     SHAPES,
     SHAPES_CUDA,
     STAGGER,
+    THINK_AGAIN,
     Acceptance,
     AutoPlanner,
     expected_tokens,
@@ -237,6 +238,28 @@ def test_a_look_captures_nothing_if_it_can():
     while not (plan := planner.choose(1)).drafting:  # once the capture is a small share
         pass
     assert plan.draft_length == 8
+
+
+@pytest.mark.parametrize(("rows", "cost"), [(1, 1.1), (1, 2.0), (16, 1.6)])
+def test_a_plan_is_captured_once_as_much_was_lost_without_it(rows, cost):
+    """Until then what is captured runs: a batch near the point where drafts begin to pay captures nothing."""
+    plain, drafting = plan_of((1, 0)), plan_of((8, 8))
+    planner = planner_with({(1, 0): 1e-3, (8, 8): cost * 1e-3})
+    planner.costs[rows] = planner.costs[1]
+    captured = [plain]
+    planner.ready = lambda plan, rows: plan in captured
+    gain = expected_tokens([PRIOR] * 15, [(8, 8, 0)])[0] / cost / margin(rows, False)
+    plans = [planner.choose(rows) for _ in range(5000)]
+    forwards = plans.index(drafting)
+    lost = forwards * 1e-3 * (1 - 1 / gain)
+    assert CAPTURE <= lost < CAPTURE + THINK_AGAIN * 1e-3
+    assert not any(plan.drafting for plan in plans[:forwards])
+    captured.append(drafting)
+    planner._size = 0
+    assert planner.choose(rows) == drafting  # from now on it costs nothing
+    captured[:] = []
+    planner._size, planner.learned.lost[rows] = 0, 0.0
+    assert planner.choose(rows) == drafting  # something has to be captured: the best then
 
 
 def test_prompts_that_come_in_a_look_are_prefilled_plainly():

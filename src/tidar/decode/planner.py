@@ -64,7 +64,8 @@ STAGGER = 25.0
 """What a look costs a batch beside its own forwards, in plain ones: it leaves the rows staggered, so that places stay
 empty and prefills come more often until the run ends. With 64 MT-Bench prompts in batches of 16 it came to 22."""
 CAPTURE = 0.15
-"""Seconds that capturing a step takes: of 135M parameters, on an H200."""
+"""Seconds that capturing a step takes: of 135M parameters, on an H200. A plan that is not captured has to wait until as
+much was lost without it, by what it promises: at worst twice what the right choice would have cost, whatever comes."""
 MOST_LEARNED = 64
 """Sampling parameters whose acceptance is kept; a server may be asked for any number of temperatures."""
 LOOK = 4
@@ -200,6 +201,7 @@ class Learned:
     def __init__(self, draft_length: int) -> None:
         self.acceptance = Acceptance(draft_length)
         self.pauses = defaultdict[int, Pause](Pause)  # by batch size
+        self.lost = defaultdict[int, float](float)  # by batch size, seconds without a plan that is not captured
         self.asked: tuple | None = None
         self.gains = dict[tuple[int, int, int], float]()  # the last expected tokens, and what they follow from
         # By whether forwards are captured and how many threads there are; then by batch size, see `Costs.of`.
@@ -295,15 +297,27 @@ class AutoPlanner:
 
     def best(self, rows: int, last: bool = False) -> Plan:
         """The plan with the most expected tokens per second for a batch of `rows`; the running one, if hardly worse."""
-        return self._best(rows, last, self._rates(rows))
+        return self._best(rows, last, self._rates(rows))[0]
 
-    def _best(self, rows: int, last: bool, rates: dict[Plan, float]) -> Plan:
+    def _best(self, rows: int, last: bool, rates: dict[Plan, float]) -> tuple[Plan, float]:
+        """The plan, and the share of the time that it loses against one that would have to be captured first."""
         plain = next(plan for plan in rates if not plan.drafting)
         best, running = max(rates, key=lambda plan: rates[plan]), self._running
-        least = rates[plain] * margin(rows, last)
+        dearer = margin(rows, last)
+        least = rates[plain] * dearer
         if running.drafting and least < rates.get(running, 0.0) >= rates[best] / MARGIN:
-            return running
-        return best if rates[best] > MARGIN * least else plain
+            best = running
+        elif rates[best] <= MARGIN * least:
+            best = plain
+        ready = [plan for plan in rates if self.ready(plan, rows)]
+        if not ready or best in ready or self.learned.lost[rows] >= CAPTURE:
+            return best, 0.0
+
+        def value(plan: Plan) -> float:
+            return rates[plan] / (dearer if plan.drafting else 1)
+
+        instead = max(ready, key=value)
+        return instead, max(0.0, 1 - value(instead) / value(best))
 
     def _rates(self, rows: int) -> dict[Plan, float]:
         """Expected tokens per second of every plan that can pay."""
@@ -330,12 +344,18 @@ class AutoPlanner:
     def _settle(self) -> None:
         """Choose a plan, and for how many forwards."""
         rates = self._rates(self._size)
-        self._plan = self._running = self._best(self._size, self._last, rates)
+        self._plan, share = self._best(self._size, self._last, rates)
+        self._running = self._plan
         if self._running.drafting:
             self.learned.pauses.pop(self._size, None)
             self._left = min(max(self._age, 4), THINK_AGAIN)
         else:
             self._left = max(1, self._next_look(rates)[1])
+        if share:
+            self._left = min(self._left, THINK_AGAIN)
+            self.learned.lost[self._size] += share * self._left * dict(self.costs[self._size])[self._plan]
+        elif not self.ready(self._plan, self._size):
+            self.learned.lost[self._size] = 0.0  # it is captured now
 
     def _next_look(self, rates: dict[Plan, float]) -> tuple[Plan | None, int]:
         """What to look at after plain decoding (None if nothing can pay), and how many more plain forwards before."""
