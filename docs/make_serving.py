@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+
 from pages import HERE, conditions, load, render, table
 
 
@@ -13,6 +15,9 @@ def serving(name: str) -> str:
     for count in result["load"]["concurrency"]:
         plain, ours = rows["ar", count], rows["tidar", count]
         gain = ours["tokens_per_s"] / plain["tokens_per_s"]
+        if result.get("in_turns"):
+            pairs_of = zip(ours["all_tokens_per_s"], plain["all_tokens_per_s"], strict=True)
+            gain = statistics.median(a / b for a, b in pairs_of)
         pairs = [
             f"{plain[key]:{form}} / {ours[key]:{form}}"
             for key, form in (("tokens_per_s", ",.0f"), ("ttft_ms", ".0f"), ("ms_per_token", ".2f"))
@@ -22,9 +27,9 @@ def serving(name: str) -> str:
     header = ["requests", "tokens/s, ar / tidar", "first token, ms", "ms a token", "tokens a step", "gain"]
     c = result["conditions"]
     text = f"{conditions(result)}. vLLM {c['vllm']}, greedy, template {c['template']}; medians of "
-    text += (
-        f"{result['load']['repeats']} passes after one to warm up; curve {result['curve']} (requests, K, outcomes).\n\n"
-    )
+    turns = " in turns" if result.get("in_turns") else ""
+    text += f"{result['load']['repeats']} passes{turns} after one to warm up; "
+    text += f"curve {result['curve']} (requests, K, outcomes).\n\n"
     return text + table([*header, "of a step's tokens"], lines)
 
 

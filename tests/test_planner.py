@@ -27,7 +27,6 @@ from tidar.decode.planner import (
     SHAPES,
     SHAPES_CUDA,
     STAGGER,
-    THINK_AGAIN,
     Acceptance,
     AutoPlanner,
     expected_tokens,
@@ -225,7 +224,20 @@ def test_looks_of_a_batch_pay_for_leaving_its_rows_staggered():
     planner.costs[16] = planner.costs[1]
     planner.acceptance.stood = [0.0] * 15
     lost = LOOK * 1.2 - LOOK + STAGGER  # a draft that falls leaves one token
-    assert looks([planner.choose(16) for _ in range(3000)])[0] == (False, math.ceil(lost / LOOK_SHARE))
+    assert looks([planner.choose(16) for _ in range(12_000)])[0] == (False, math.ceil(lost / LOOK_SHARE))
+
+
+@pytest.mark.parametrize("server", [False, True])
+def test_looks_come_where_they_leave_nothing_staggered(server):
+    """That is once no prompt waits, and always in a server, whose rows are never in step."""
+    planner = planner_with({(1, 0): 1.0, (8, 8): 1.2})
+    planner.costs[16], planner.in_step = planner.costs[1], not server
+    planner.acceptance.stood = [0.0] * 15
+    plain = max(LOOK_AGAIN, math.ceil((LOOK * 1.2 - LOOK) / LOOK_SHARE))
+    waits = [planner.choose(16) for _ in range(plain + LOOK)]
+    assert looks(waits) == ([(False, plain), (True, LOOK)] if server else [(False, plain + LOOK)])
+    if not server:
+        assert looks([planner.choose(16, True) for _ in range(1 + LOOK)]) == [(False, 1), (True, LOOK)]
 
 
 def test_a_look_captures_nothing_if_it_can():
@@ -238,28 +250,6 @@ def test_a_look_captures_nothing_if_it_can():
     while not (plan := planner.choose(1)).drafting:  # once the capture is a small share
         pass
     assert plan.draft_length == 8
-
-
-@pytest.mark.parametrize(("rows", "cost"), [(1, 1.1), (1, 2.0), (16, 1.6)])
-def test_a_plan_is_captured_once_as_much_was_lost_without_it(rows, cost):
-    """Until then what is captured runs: a batch near the point where drafts begin to pay captures nothing."""
-    plain, drafting = plan_of((1, 0)), plan_of((8, 8))
-    planner = planner_with({(1, 0): 1e-3, (8, 8): cost * 1e-3})
-    planner.costs[rows] = planner.costs[1]
-    captured = [plain]
-    planner.ready = lambda plan, rows: plan in captured
-    gain = expected_tokens([PRIOR] * 15, [(8, 8, 0)])[0] / cost / margin(rows, False)
-    plans = [planner.choose(rows) for _ in range(5000)]
-    forwards = plans.index(drafting)
-    lost = forwards * 1e-3 * (1 - 1 / gain)
-    assert CAPTURE <= lost < CAPTURE + THINK_AGAIN * 1e-3
-    assert not any(plan.drafting for plan in plans[:forwards])
-    captured.append(drafting)
-    planner._size = 0
-    assert planner.choose(rows) == drafting  # from now on it costs nothing
-    captured[:] = []
-    planner._size, planner.learned.lost[rows] = 0, 0.0
-    assert planner.choose(rows) == drafting  # something has to be captured: the best then
 
 
 def test_prompts_that_come_in_a_look_are_prefilled_plainly():

@@ -5,14 +5,16 @@ import itertools
 import json
 import os
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 from pydantic import BaseModel
 
 from tidar.bench import serving, shapes
 from tidar.errors import TidarError
-from tidar.vllm import Options, arguments, engine_options, hooks
+from tidar.vllm import Options, arguments, engine_options, hooks, metrics
 from tidar.vllm.requests import CheckRequests, check_body
 from tidar.vllm.settings import wants_drafts
 from tidar.vllm.shapes import PLAIN, Curve, Shape, choose_curve
@@ -270,3 +272,32 @@ def test_benchmark_keeps_what_it_has_where_a_contestant_ends(monkeypatch, tmp_pa
     with pytest.raises(TidarError, match="mode 'tidar' ended with code 3"):
         results.extend(stand_ins(monkeypatch, tmp_path / "turns", 5))
     assert [row["concurrency"] for row in results[-1]["rows"]] == [1, 1]
+
+
+class Event:
+    """Stands for one of a GPU."""
+
+    def record(self):
+        """Nothing to wait for."""
+
+    synchronize = record
+
+
+def test_metrics_of_the_last_steps_are_there_though_no_more_steps_come(monkeypatch):
+    def count(counter):
+        return counter.collect()[0].samples[0].value
+
+    monkeypatch.setattr(metrics, "EVERY", 0.05)
+    monkeypatch.setattr("torch.cuda.Event", Event)
+    counters = metrics.STEPS, metrics.TOKENS, metrics.MISSES
+    before = [count(counter) for counter in counters]
+    counted = metrics.Metrics(Curve(((4, Shape(4, 2)),)), SimpleNamespace(type="cuda"))
+    others = metrics.Metrics(Curve(((4, Shape(4, 2)),)), SimpleNamespace(type="cuda"), counts=False)
+    for accepted, drafted in ((1, 1), (3, 4), (2, 4)):
+        result = torch.tensor([[accepted, drafted, 0, *[5] * 4]])
+        for one in (counted, others):
+            one.record(Shape(4, 2), result, torch.tensor([[0, 2]]))
+    deadline = time.monotonic() + 10
+    while count(metrics.STEPS) < before[0] + 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert [count(c) - b for c, b in zip(counters, before, strict=True)] == [3, 6, 1]

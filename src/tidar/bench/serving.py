@@ -86,7 +86,7 @@ def measure(load: Load, modes: Sequence[str] = MODES) -> Iterator[dict[str, Any]
         "model": load.model if load.model in RANDOM else Path(load.model).name,
     }
     conditions = machine.conditions(torch.device("cpu"), torch.float32) | {"temperature": 0}
-    result: dict[str, Any] = {"conditions": conditions, "load": asked, "rows": []}
+    result: dict[str, Any] = {"conditions": conditions, "load": asked, "in_turns": True, "rows": []}
     with tempfile.TemporaryDirectory(prefix="tidar-serving-") as scratch:
         folder = write_random(load.model, Path(scratch)) if load.model in RANDOM else load.model
         with ExitStack() as stack:

@@ -60,12 +60,12 @@ LOOK_SHARE = 0.01
 FIRST_LOOK, FIRST_LOOK_SHARE = 8, 0.05
 """Plain steps before the first look of all, and the share of the time that it may cost beside its own forwards: those
 are worth it, while acceptance is a guess."""
-STAGGER = 25.0
-"""What a look costs a batch beside its own forwards, in plain ones: it leaves the rows staggered, so that places stay
-empty and prefills come more often until the run ends. With 64 MT-Bench prompts in batches of 16 it came to 22."""
+STAGGER = 100.0
+"""What a look costs a batch beside its own forwards, in plain ones, while prompts wait for its places: it leaves the
+rows staggered, so that places stay empty and prefills come more often, and in sizes that are not captured, until the
+run ends. On an H200 it came to 50 to 150 with 64 MT-Bench prompts in batches of 16."""
 CAPTURE = 0.15
-"""Seconds that capturing a step takes: of 135M parameters, on an H200. A plan that is not captured has to wait until as
-much was lost without it, by what it promises: at worst twice what the right choice would have cost, whatever comes."""
+"""Seconds that capturing a step takes: of 135M parameters, on an H200."""
 MOST_LEARNED = 64
 """Sampling parameters whose acceptance is kept; a server may be asked for any number of temperatures."""
 LOOK = 4
@@ -201,7 +201,6 @@ class Learned:
     def __init__(self, draft_length: int) -> None:
         self.acceptance = Acceptance(draft_length)
         self.pauses = defaultdict[int, Pause](Pause)  # by batch size
-        self.lost = defaultdict[int, float](float)  # by batch size, seconds without a plan that is not captured
         self.asked: tuple | None = None
         self.gains = dict[tuple[int, int, int], float]()  # the last expected tokens, and what they follow from
         # By whether forwards are captured and how many threads there are; then by batch size, see `Costs.of`.
@@ -224,6 +223,7 @@ class AutoPlanner:
         self.learned = Learned(self.longest.draft_length)
         self.costs: dict[int, list[tuple[Plan, float]]] = {}
         self.captures = False  # whether forwards are CUDA graphs
+        self.in_step = True  # whether rows of a batch begin together, as a server's do not
         self.ready: Callable[[Plan, int], bool] = lambda plan, rows: True  # whether a step need not be captured first
         self._plan = self._running = Plan(1, params)  # what to do now, and what was chosen: they differ in a look
         self._size, self._last = 0, False  # batch size of the choice, and whether nothing waits for places in it
@@ -297,27 +297,15 @@ class AutoPlanner:
 
     def best(self, rows: int, last: bool = False) -> Plan:
         """The plan with the most expected tokens per second for a batch of `rows`; the running one, if hardly worse."""
-        return self._best(rows, last, self._rates(rows))[0]
+        return self._best(rows, last, self._rates(rows))
 
-    def _best(self, rows: int, last: bool, rates: dict[Plan, float]) -> tuple[Plan, float]:
-        """The plan, and the share of the time that it loses against one that would have to be captured first."""
+    def _best(self, rows: int, last: bool, rates: dict[Plan, float]) -> Plan:
         plain = next(plan for plan in rates if not plan.drafting)
         best, running = max(rates, key=lambda plan: rates[plan]), self._running
-        dearer = margin(rows, last)
-        least = rates[plain] * dearer
+        least = rates[plain] * margin(rows, last)
         if running.drafting and least < rates.get(running, 0.0) >= rates[best] / MARGIN:
-            best = running
-        elif rates[best] <= MARGIN * least:
-            best = plain
-        ready = [plan for plan in rates if self.ready(plan, rows)]
-        if not ready or best in ready or self.learned.lost[rows] >= CAPTURE:
-            return best, 0.0
-
-        def value(plan: Plan) -> float:
-            return rates[plan] / (dearer if plan.drafting else 1)
-
-        instead = max(ready, key=value)
-        return instead, max(0.0, 1 - value(instead) / value(best))
+            return running
+        return best if rates[best] > MARGIN * least else plain
 
     def _rates(self, rows: int) -> dict[Plan, float]:
         """Expected tokens per second of every plan that can pay."""
@@ -344,18 +332,12 @@ class AutoPlanner:
     def _settle(self) -> None:
         """Choose a plan, and for how many forwards."""
         rates = self._rates(self._size)
-        self._plan, share = self._best(self._size, self._last, rates)
-        self._running = self._plan
+        self._plan = self._running = self._best(self._size, self._last, rates)
         if self._running.drafting:
             self.learned.pauses.pop(self._size, None)
             self._left = min(max(self._age, 4), THINK_AGAIN)
         else:
             self._left = max(1, self._next_look(rates)[1])
-        if share:
-            self._left = min(self._left, THINK_AGAIN)
-            self.learned.lost[self._size] += share * self._left * dict(self.costs[self._size])[self._plan]
-        elif not self.ready(self._plan, self._size):
-            self.learned.lost[self._size] = 0.0  # it is captured now
 
     def _next_look(self, rates: dict[Plan, float]) -> tuple[Plan | None, int]:
         """What to look at after plain decoding (None if nothing can pay), and how many more plain forwards before."""
@@ -368,7 +350,8 @@ class AutoPlanner:
         # Any of them shows how far drafts stand.
         ready = [plan for plan in drafting if self.ready(plan, self._size)]
         best = max(ready or drafting, key=lambda plan: rates[plan])
-        lost = (STAGGER if self._size > 1 else 0) + (0 if ready else CAPTURE / seconds[plain])  # in plain forwards
+        staggers = self._size > 1 and self.in_step and not self._last
+        lost = (STAGGER if staggers else 0) + (0 if ready else CAPTURE / seconds[plain])  # in plain forwards
         if not self.acceptance.seen:
             return best, max(FIRST_LOOK, math.ceil(lost / FIRST_LOOK_SHARE)) - self._pause.since
         lost += LOOK * seconds[best] / seconds[plain] - 1 - (LOOK - 1) * rates[best] * seconds[best]

@@ -126,6 +126,8 @@ class Loop:
         metrics: Metrics,
     ) -> None:
         self.network, self.tokenizer, self.planner, self.metrics = network, tokenizer, planner, metrics
+        if isinstance(planner, AutoPlanner):
+            planner.in_step = False
         self.rows, self.most_waiting, self.context = rows, waiting, context
         self.runner: Runner = runner_for(network)
         self._places: list[_Running | None] = []

@@ -1,11 +1,13 @@
 """What drafting achieves, on the server's /metrics page.
 
-Steps leave their results on the device; they are read about once a second, one reading late, so no step waits for it.
+Steps leave their results on the device; they are read about once a second, one reading late, so no step waits for it,
+and what is left once no more steps come.
 Counters of all processes meet where PROMETHEUS_MULTIPROC_DIR says (`tidar serve` sets it).
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import NamedTuple
 
@@ -33,11 +35,17 @@ class Gains(NamedTuple):
 
 
 class Metrics:
-    def __init__(self, curve: Curve, counts: bool = True) -> None:
-        self.most, self.counts = curve.most_drafts, counts  # one of several GPUs counts, as all see the same
+    """Counts steps whose results lie on `device`; of several GPUs one `counts`, as all see the same."""
+
+    def __init__(self, curve: Curve, device: torch.device, counts: bool = True) -> None:
+        self.most, self.counts, self.late = curve.most_drafts, counts, device.type == "cuda"
         self.steps = list[tuple[Tensor, Tensor]]()
         self.copied: tuple[Gains, torch.cuda.Event | None] | None = None
-        self.read = time.monotonic()
+        self.read = self.recorded = time.monotonic()
+        self.lock = threading.Lock()
+        if self.late and counts:
+            self.done = torch.cuda.Event()
+            threading.Thread(target=self._follow, name="tidar-metrics", daemon=True).start()
 
     def record(self, shape: Shape, result: Tensor, anchors: Tensor) -> None:
         """A step's result [R, 3 + K] (see `kernels.judge.Decision`) and the anchors [R or 1, B] of its blocks."""
@@ -45,14 +53,32 @@ class Metrics:
             return
         # Now: the next step's anchors may lie where these do.
         hit = (anchors == result[:, :1] - 1).any(1) if shape.outcomes < shape.draft_length else result[:, 0] > 0
-        self.steps.append((result[:, :2], hit))
-        waits = result.is_cuda and len(self.steps) < MOST and time.monotonic() - self.read < EVERY
-        if not waits:
-            self._publish()
-            self._copy(result.is_cuda)
-            self.read = time.monotonic()
-            if not result.is_cuda:
+        with self.lock:
+            self.steps.append((result[:, :2], hit))
+            if not self.late:
+                self._read_all()
+                return
+            self.recorded = time.monotonic()
+            self.done.record()
+            if len(self.steps) >= MOST or self.recorded - self.read >= EVERY:
                 self._publish()
+                self._copy(asynchronous=True)
+                self.read = self.recorded
+
+    def _follow(self) -> None:
+        """Reads the rest when no step has come for a while, from a thread of its own: then nobody is held up."""
+        while True:
+            time.sleep(EVERY)
+            with self.lock:
+                if time.monotonic() - self.recorded >= EVERY:
+                    self.done.synchronize()
+                    self._read_all()
+
+    def _read_all(self) -> None:
+        self._publish()
+        if self.steps:
+            self._copy(asynchronous=self.late)
+            self._publish()
 
     def _copy(self, asynchronous: bool) -> None:
         parts = [torch.cat((counts, (~hit).long()[:, None]), 1) for counts, hit in self.steps]

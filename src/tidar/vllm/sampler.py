@@ -38,7 +38,7 @@ WARM_UP = ("_warmup_", "_v2_mixed_warmup")
 class TidarSampler:
     def __init__(self, base: Any, state: TidarModelState) -> None:
         self.base, self.state = base, state
-        self.metrics = Metrics(state.curve, get_tensor_model_parallel_rank() == 0)
+        self.metrics = Metrics(state.curve, state.drafts.count.device, get_tensor_model_parallel_rank() == 0)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["base"], name)
