@@ -27,6 +27,7 @@ from tidar.decode.planner import (
     SHAPES,
     SHAPES_CUDA,
     STAGGER,
+    STAGGER_LAST,
     Acceptance,
     AutoPlanner,
     expected_tokens,
@@ -227,17 +228,22 @@ def test_looks_of_a_batch_pay_for_leaving_its_rows_staggered():
     assert looks([planner.choose(16) for _ in range(12_000)])[0] == (False, math.ceil(lost / LOOK_SHARE))
 
 
-@pytest.mark.parametrize("server", [False, True])
-def test_looks_come_where_they_leave_nothing_staggered(server):
-    """That is once no prompt waits, and always in a server, whose rows are never in step."""
+def test_looks_come_where_they_leave_little_staggered():
+    """Once no prompt waits, what was to be looked at long ago is looked at at once."""
     planner = planner_with({(1, 0): 1.0, (8, 8): 1.2})
-    planner.costs[16], planner.in_step = planner.costs[1], not server
+    planner.costs[16] = planner.costs[1]
     planner.acceptance.stood = [0.0] * 15
-    plain = max(LOOK_AGAIN, math.ceil((LOOK * 1.2 - LOOK) / LOOK_SHARE))
-    waits = [planner.choose(16) for _ in range(plain + LOOK)]
-    assert looks(waits) == ([(False, plain), (True, LOOK)] if server else [(False, plain + LOOK)])
-    if not server:
-        assert looks([planner.choose(16, True) for _ in range(1 + LOOK)]) == [(False, 1), (True, LOOK)]
+    wait = math.ceil((LOOK * 1.2 - LOOK + STAGGER_LAST) / LOOK_SHARE)
+    assert looks([planner.choose(16) for _ in range(wait)]) == [(False, wait)]
+    assert looks([planner.choose(16, True) for _ in range(1 + LOOK)]) == [(False, 1), (True, LOOK)]
+
+
+def test_a_servers_rows_are_never_in_step():
+    planner = planner_with({(1, 0): 1.0, (8, 8): 1.2})
+    planner.costs[16], planner.in_step = planner.costs[1], False
+    planner.acceptance.stood = [0.0] * 15
+    wait = max(LOOK_AGAIN, math.ceil((LOOK * 1.2 - LOOK) / LOOK_SHARE))
+    assert looks([planner.choose(16) for _ in range(wait + LOOK)]) == [(False, wait), (True, LOOK)]
 
 
 def test_a_look_captures_nothing_if_it_can():
