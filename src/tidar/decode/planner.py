@@ -65,7 +65,7 @@ STAGGER = 100.0
 rows staggered, so that places stay empty and prefills come more often, and in sizes that are not captured, until the
 run ends. On an H200 it came to 50 to 150 with 64 MT-Bench prompts in batches of 16."""
 STAGGER_LAST = 10.0
-"""The same once none waits: rows that are out of step end one by one. With 64 GSM8K prompts in one batch it came to 6."""
+"""The same once none waits: rows out of step end one by one. With 64 GSM8K prompts in one batch it came to 6."""
 CAPTURE = 0.15
 """Seconds that capturing a step takes: of 135M parameters, on an H200."""
 MOST_LEARNED = 64
