@@ -27,7 +27,7 @@ def serving(name: str) -> str:
     header = ["requests", "tokens/s, ar / tidar", "first token, ms", "ms a token", "tokens a step", "gain"]
     c = result["conditions"]
     text = f"{conditions(result)}. vLLM {c['vllm']}, greedy, template {c['template']}; medians of "
-    turns = " in turns" if result.get("in_turns") else ""
+    turns = " in turns (the gain: of theirs)" if result.get("in_turns") else ""
     text += f"{result['load']['repeats']} passes{turns} after one to warm up; "
     text += f"curve {result['curve']} (requests, K, outcomes).\n\n"
     return text + table([*header, "of a step's tokens"], lines)

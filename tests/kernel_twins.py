@@ -49,7 +49,7 @@ def one_round(chance: random.Random, dtype: torch.dtype) -> None:
     layout = step_layout(length, outcomes, DEVICE, leaves, causal_blocks=chance.random() < 0.3).after(prefix)
     clean = layout.clean
     slots, kv, groups = layout.size, chance.choice((1, 2, 3)), chance.choice((1, 2, 3, 7))
-    dim, capacity, split = chance.choice((64, 96, 128, 16)), 320, chance.choice((1, 2, 4))
+    dim, capacity, split = chance.choice((64, 96, 128, 16)), 320, chance.choice((1, 2, 3, 5, 8))
     heads = rotary.Heads(
         groups * kv,
         kv,

@@ -289,6 +289,7 @@ def test_metrics_of_the_last_steps_are_there_though_no_more_steps_come(monkeypat
 
     monkeypatch.setattr(metrics, "EVERY", 0.05)
     monkeypatch.setattr("torch.cuda.Event", Event)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
     counters = metrics.STEPS, metrics.TOKENS, metrics.MISSES
     before = [count(counter) for counter in counters]
     counted = metrics.Metrics(Curve(((4, Shape(4, 2)),)), SimpleNamespace(type="cuda"))

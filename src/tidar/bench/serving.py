@@ -158,8 +158,12 @@ class Contestant:
         for line in self.said:
             if line.startswith(MARK):
                 return json.loads(line.removeprefix(MARK))
+            print(line, end="", file=sys.stderr)
         code = self.process.wait()
-        raise TidarError(f"vLLM with mode {self.mode!r} ended with code {code}; what it said stands above")
+        raise TidarError(
+            f"vLLM with mode {self.mode!r} ended with code {code}; what it said stands above (if that is about memory: "
+            f"contestants share {MEMORY:.0%} of the device's)"
+        )
 
 
 def write_random(name: str, folder: Path) -> str:

@@ -100,8 +100,9 @@ def stages_for(device: torch.device, wanted: int, tile: int, rest: int = 0) -> i
 
 def programs_for(device: torch.device, stages: int, tile: int) -> int:
     """How many programs with so many tiles in flight, of so many bytes each, share a multiprocessor's memory."""
-    held = max(1, stages_for(device, stages, tile)) * tile + BARRIERS
-    return max(1, shared_memory(device) // held)
+    tiles = stages_for(device, stages, tile)
+    held = tiles if multiplies_from_shared(device) else tiles - 1
+    return max(1, shared_memory(device) // (max(1, held) * tile + BARRIERS))
 
 
 @functools.cache

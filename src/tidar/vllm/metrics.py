@@ -42,7 +42,7 @@ class Metrics:
         self.steps = list[tuple[Tensor, Tensor]]()
         self.copied: tuple[Gains, torch.cuda.Event | None] | None = None
         self.read = self.recorded = time.monotonic()
-        self.lock = threading.Lock()
+        self.lock, self.device = threading.Lock(), device
         if self.late and counts:
             self.done = torch.cuda.Event()
             threading.Thread(target=self._follow, name="tidar-metrics", daemon=True).start()
@@ -67,18 +67,21 @@ class Metrics:
 
     def _follow(self) -> None:
         """Reads the rest when no step has come for a while, from a thread of its own: then nobody is held up."""
+        torch.cuda.set_device(self.device)
         while True:
             time.sleep(EVERY)
             with self.lock:
-                if time.monotonic() - self.recorded >= EVERY:
+                waits = self.steps or self.copied is not None
+                if waits and time.monotonic() - self.recorded >= EVERY:
                     self.done.synchronize()
                     self._read_all()
 
     def _read_all(self) -> None:
         self._publish()
-        if self.steps:
+        if held := self.steps:  # until they are read: their memory belongs to another stream
             self._copy(asynchronous=self.late)
             self._publish()
+            held.clear()
 
     def _copy(self, asynchronous: bool) -> None:
         parts = [torch.cat((counts, (~hit).long()[:, None]), 1) for counts, hit in self.steps]
