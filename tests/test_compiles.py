@@ -98,7 +98,7 @@ def test_on_hopper_products_fill_the_gpu_at_once(kind):
         for out, inner in ((6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288)):
             tiling = linear.choose(1, out, inner, kind is not None, torch.device("cpu"))
             assert tiling is not None
-            tile = tiling.columns * (tiling.rows * (2 if kind is None else 1) + 16 * 2)
+            tile = linear.tile_bytes(tiling, 1, 2 if kind is None else 1)
             programs = -(-out // tiling.rows) * tiling.split
             at_once = PROCESSORS * launch.programs_for(torch.device("cpu"), tiling.stages, tile)
             assert 0.72 <= programs / at_once <= 1

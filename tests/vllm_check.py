@@ -268,7 +268,7 @@ def check_server(folder: str) -> dict[str, Any]:
         assert all(texts), "a request failed"
         for text in texts[len(TEXTS) :]:
             assert json.loads(text).keys() == {"city", "people"}, text
-        time.sleep(3)  # counters are read once no step has come for a second
+        time.sleep(3)  # counters are read a second or two after the last step
         steps, tokens = (metric(root, name) for name in ("tidar_steps_total", "tidar_tokens_total"))
         print(f"server: {steps:.0f} drafting steps, {tokens / steps:.2f} tokens each", flush=True)
         assert tokens / steps > 1.2

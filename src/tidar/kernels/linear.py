@@ -62,7 +62,7 @@ def linear(x: Tensor, weight: Tensor | QuantWeight, tiling: Tiling | None = None
     numbers = values.view(torch.int32) if words else values
     if words and tiling.columns % BLOCK:
         raise ValueError(f"{tiling.columns} columns a step, but numbers are interleaved by {BLOCK}")
-    tile = tiling.columns * (tiling.rows * values.element_size() + (first + second) * x.element_size())
+    tile = tile_bytes(tiling, tokens, values.element_size(), x.element_size())
     whole = tiling.split == 1 and not unrounded
     y = x.new_empty(tiling.split, tokens, out, dtype=x.dtype if whole else torch.float32)
     _linear[(triton.cdiv(out, tiling.rows), tiling.split)](
@@ -107,32 +107,28 @@ def tile_rows(tokens: int, numbers: bool = False) -> tuple[int, int]:
     raise ValueError(f"{tokens} rows are too many for one tile")
 
 
-class Cut(NamedTuple):
-    """A Tiling whose split is to be chosen."""
-
-    rows: int
-    columns: int
-    warps: int
-    stages: int
+def tile_bytes(tiling: Tiling, tokens: int, weight_size: int, x_size: int = 2) -> int:
+    """Shared memory that a loop step's tiles of weights and rows take, by the bytes of a number of each."""
+    return tiling.columns * (tiling.rows * weight_size + sum(tile_rows(tokens, weight_size == 1)) * x_size)
 
 
 _PLAIN = (
-    (16, (Cut(64, 128, 4, 6), Cut(64, 128, 4, 3))),
-    (128, (Cut(64, 128, 4, 4),)),
+    (16, (Tiling(64, 128, 1, 4, 6), Tiling(64, 128, 1, 4, 3))),
+    (128, (Tiling(64, 128, 1, 4, 4),)),
 )
-"""The cuts that were fastest for up to so many tokens (results/linear-h200.json)."""
+"""The cuts that were fastest for up to so many tokens, still undivided (results/linear-h200.json)."""
 _NUMBERS = (
-    (16, (Cut(64, 256, 4, 4), Cut(64, 128, 4, 6))),
-    (32, (Cut(64, 128, 4, 6), Cut(128, 128, 8, 3))),
-    (64, (Cut(64, 128, 4, 4), Cut(64, 128, 4, 3))),
-    (96, (Cut(64, 128, 4, 3), Cut(64, 64, 4, 5))),
-    (128, (Cut(128, 128, 8, 4),)),
-    (272, (Cut(128, 64, 8, 4),)),
+    (16, (Tiling(64, 256, 1, 4, 4), Tiling(64, 128, 1, 4, 6))),
+    (32, (Tiling(64, 128, 1, 4, 6), Tiling(128, 128, 1, 8, 3))),
+    (64, (Tiling(64, 128, 1, 4, 4), Tiling(64, 128, 1, 4, 3))),
+    (96, (Tiling(64, 128, 1, 4, 3), Tiling(64, 64, 1, 4, 5))),
+    (128, (Tiling(128, 128, 1, 8, 4),)),
+    (272, (Tiling(128, 64, 1, 8, 4),)),
 )
 """The same for weights of eight bits."""
 
 
-@functools.cache
+@functools.lru_cache(1024)
 def choose(tokens: int, out: int, inner: int, numbers: bool, device: torch.device) -> Tiling | None:
     """A tiling by what was measured; None for large products, where cuBLAS is as fast (numbers multiplied out first).
 
@@ -142,10 +138,9 @@ def choose(tokens: int, out: int, inner: int, numbers: bool, device: torch.devic
     cuts = next((cuts for most, cuts in (_NUMBERS if numbers else _PLAIN) if tokens <= most), None)
     if cuts is None or (not numbers and tokens > 16 and out > 128 * 64):
         return None
-    width, tiles = (1 if numbers else 2), sum(tile_rows(tokens, numbers))
-    best, least = None, math.inf
+    width, best, least = 1 if numbers else 2, None, math.inf
     for cut in cuts:
-        together = programs_for(device, cut.stages, cut.columns * (cut.rows * width + tiles * 2))
+        together = programs_for(device, cut.stages, tile_bytes(cut, tokens, width))
         steps = -(-inner // cut.columns)
         for split in range(1, max(1, min(MOST_SPLITS, steps // 2)) + 1):
             rounds = -(-out // cut.rows) * split / (processors(device) * together)
@@ -157,7 +152,7 @@ def choose(tokens: int, out: int, inner: int, numbers: bool, device: torch.devic
             if split > 1 and tokens > 16:
                 time += tokens * (split - 0.5) / 2
             if time * 1.04 < least:  # the first cuts and the fewest parts, unless more gain something
-                best, least = Tiling(cut.rows, cut.columns, split, cut.warps, cut.stages), time
+                best, least = cut._replace(split=split), time
     return best
 
 
