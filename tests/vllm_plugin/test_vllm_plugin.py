@@ -18,6 +18,7 @@ from tidar.vllm import Options, arguments, engine_options, hooks, metrics
 from tidar.vllm.requests import CheckRequests, check_body
 from tidar.vllm.settings import wants_drafts
 from tidar.vllm.shapes import PLAIN, Curve, Shape, choose_curve
+from tidar.vllm.step import Told
 from tiny import drafting_folder, tiny_folder
 
 
@@ -295,9 +296,9 @@ def test_metrics_of_the_last_steps_are_there_though_no_more_steps_come(monkeypat
     counted = metrics.Metrics(Curve(((4, Shape(4, 2)),)), SimpleNamespace(type="cuda"))
     others = metrics.Metrics(Curve(((4, Shape(4, 2)),)), SimpleNamespace(type="cuda"), counts=False)
     for accepted, drafted in ((1, 1), (3, 4), (2, 4)):
-        result = torch.tensor([[accepted, drafted, 0, *[5] * 4]])
+        decision = SimpleNamespace(result=torch.tensor([[accepted, drafted, 0, *[5] * 4]]))
         for one in (counted, others):
-            one.record(Shape(4, 2), result, torch.tensor([[0, 2]]))
+            one.record(Told.of(decision, Shape(4, 2), torch.tensor([[0, 2]])).counts)
     deadline = time.monotonic() + 10
     while count(metrics.STEPS) < before[0] + 3 and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -15,7 +15,7 @@ import torch
 from prometheus_client import Counter
 from torch import Tensor
 
-from tidar.vllm.shapes import Curve, Shape
+from tidar.vllm.shapes import Curve
 
 EVERY, MOST = 1.0, 256
 """Seconds, or steps, between readings."""
@@ -39,7 +39,7 @@ class Metrics:
 
     def __init__(self, curve: Curve, device: torch.device, counts: bool = True) -> None:
         self.most, self.counts, self.late = curve.most_drafts, counts, device.type == "cuda"
-        self.steps = list[tuple[Tensor, Tensor]]()
+        self.steps = list[Tensor]()
         self.copied: tuple[Gains, torch.cuda.Event | None] | None = None
         self.read = self.recorded = time.monotonic()
         self.lock, self.device = threading.Lock(), device
@@ -47,14 +47,12 @@ class Metrics:
             self.done = torch.cuda.Event()
             threading.Thread(target=self._follow, name="tidar-metrics", daemon=True).start()
 
-    def record(self, shape: Shape, result: Tensor, anchors: Tensor) -> None:
-        """A step's result [R, 3 + K] (see `kernels.judge.Decision`) and the anchors [R or 1, B] of its blocks."""
+    def record(self, counts: Tensor) -> None:
+        """A step's counts [4, R], see `step.Told`."""
         if not self.counts:
             return
-        # Now: the next step's anchors may lie where these do.
-        hit = (anchors == result[:, :1] - 1).any(1) if shape.outcomes < shape.draft_length else result[:, 0] > 0
         with self.lock:
-            self.steps.append((result[:, :2], hit))
+            self.steps.append(counts)
             if not self.late:
                 self._read_all()
                 return
@@ -84,12 +82,11 @@ class Metrics:
             held.clear()
 
     def _copy(self, asynchronous: bool) -> None:
-        parts = [torch.cat((counts, (~hit).long()[:, None]), 1) for counts, hit in self.steps]
-        columns = torch.cat(parts).T.to("cpu", non_blocking=True)
+        accepted, _, drafted, missed = torch.cat(self.steps, 1).to("cpu", non_blocking=True)
         event = torch.cuda.Event() if asynchronous else None
         if event is not None:
             event.record()
-        self.steps, self.copied = [], (Gains(*columns), event)
+        self.steps, self.copied = [], (Gains(accepted, drafted, missed), event)
 
     def _publish(self) -> None:
         if self.copied is None:

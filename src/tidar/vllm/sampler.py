@@ -22,7 +22,7 @@ from tidar.sampling import accept_sampled, certain, uniforms
 from tidar.vllm.hooks import call_with_known
 from tidar.vllm.metrics import Metrics
 from tidar.vllm.shapes import Shape
-from tidar.vllm.step import Step, sent
+from tidar.vllm.step import Step, Told, sent
 
 if TYPE_CHECKING:
     from tidar.vllm.state import TidarModelState
@@ -53,21 +53,22 @@ class TidarSampler:
         whole = None if states is logits else logits
         alone = step.index is None and whole is None and step.tokens.numel() <= MOST_JUDGED
         if alone and self.state.untouched[batch.idx_mapping_np[step.rows]].all():
-            result = self._take_the_best(states, step)
+            told = self._take_the_best(states, step)
         else:
             parts = step.parts(max(MOST_JUDGED // step.shape.draft_length, 1))
-            results = [self._judge_processed(states, whole, part, batch) for part in parts]
-            result = torch.cat(results) if len(results) > 1 else results[0]
+            each = [self._judge_processed(states, whole, part, batch) for part in parts]
+            tokens, counts = zip(*each, strict=True)
+            told = Told(torch.cat(tokens), torch.cat(counts, 1)) if len(each) > 1 else each[0]
         if not batch.req_ids[0].startswith(WARM_UP):
-            self.metrics.record(step.shape, result, step.anchors)
+            self.metrics.record(told.counts)
         self.state.drafted[batch.idx_mapping_np[step.rows]] = True
         if step.index is None:
-            return _output(result, step)
+            return _output(told)
         plain = np.setdiff1d(_all(batch), step.rows)
         self._forget(batch, plain)
         chosen = sent(batch.cu_num_logits_np[plain], states.device)
         rest = model.compute_logits(states[chosen]) if whole is None else whole[chosen]
-        return _merge(_output(result, step), step, self._plain(rest, batch, plain), plain, batch.num_reqs)
+        return _merge(_output(told), step, self._plain(rest, batch, plain), plain, batch.num_reqs)
 
     def _forget(self, batch: Any, rows: np.ndarray) -> None:
         """Requests of a batch that decoded plainly have no drafts to judge next; most of them had none before."""
@@ -78,20 +79,22 @@ class TidarSampler:
             drafts.count.index_fill_(0, sent(had, drafts.count.device), 1)
             self.state.drafted[had] = False
 
-    def _take_the_best(self, states: Tensor, step: Step) -> Tensor:
-        """Result [R, 3 + K] (see `kernels.judge.Decision`) where all requests draft and the largest logits decide."""
+    def _take_the_best(self, states: Tensor, step: Step) -> Told:
+        """Where all requests draft and the largest logits decide."""
         rows, shape = len(step.slots), step.shape
+        made = step.slots, step.tokens, step.anchors  # lie where the graph before the model has left them
 
-        def judge(states: Tensor, *facts: Tensor) -> tuple[Tensor]:
-            return (self._judge(best, shape, states, None, *facts),)
+        def judge(states: Tensor) -> Told:
+            return self._judge(best, shape, states, None, *made)
 
         def best(logits: Tensor, facts: Judged) -> Decision:
             return decide(logits.argmax(-1).view(rows, -1), None, facts, shape.draft_length)
 
-        given = states.view(rows, shape.slots, -1), step.slots, step.tokens, step.anchors
-        return self.state.verdicts(("verdict", shape, rows), judge, *given, tokens=rows * shape.slots)[0].clone()
+        key, given = ("verdict", shape, rows), states.view(rows, shape.slots, -1)
+        results = self.state.verdicts(key, judge, given, tokens=rows * shape.slots, fixed=made)
+        return Told(*(result.clone() for result in results))
 
-    def _judge_processed(self, states: Tensor, logits: Tensor | None, step: Step, batch: Any) -> Tensor:
+    def _judge_processed(self, states: Tensor, logits: Tensor | None, step: Step, batch: Any) -> Told:
         """The same for any requests, by logits as vLLM's sampler would draw from them."""
         first = sent(batch.cu_num_logits_np[step.rows], states.device)
         where = first[:, None] + torch.arange(step.shape.slots, device=states.device)
@@ -111,7 +114,7 @@ class TidarSampler:
         slots: Tensor,
         tokens: Tensor,
         anchors: Tensor,
-    ) -> Tensor:
+    ) -> Told:
         """Verify a step's drafts, and make and keep the next ones.
 
         Args:
@@ -137,7 +140,7 @@ class TidarSampler:
         drafts.tokens[slots, :length] = drafted.drafts
         drafts.count[slots] = decision.drafted
         drafts.confidence[slots, : length - 1] = drafted.confidence
-        return decision.result
+        return Told.of(decision, shape, anchors)
 
     def _decide(self, logits: Tensor, facts: Judged, step: Step, batch: Any) -> Decision:
         """Which drafts stand, by logits [R * K, V]."""
@@ -210,14 +213,13 @@ def _all(batch: Any) -> np.ndarray:
     return np.arange(batch.num_reqs)
 
 
-def _output(result: Tensor, step: Step) -> SamplerOutput:
-    accepted = result[:, 0].int()
+def _output(told: Told) -> SamplerOutput:
     return SamplerOutput(
-        sampled_token_ids=result[:, 3:].contiguous(),
+        sampled_token_ids=told.tokens,
         logprobs_tensors=None,
         num_nans=None,
-        num_sampled=accepted,
-        num_rejected=step.shape.slots - accepted,
+        num_sampled=told.counts[0],
+        num_rejected=told.counts[1],
     )
 
 

@@ -83,7 +83,6 @@ class TidarModelState(DefaultModelState):
     def _prepare(self, batch: Any, full_graph: bool) -> Visibility:
         shape, rows = find_rows(batch, self.curve)
         if len(rows) < batch.num_reqs:
-            self.buffers.positions[: batch.num_tokens] = batch.positions[: batch.num_tokens]
             self.buffers.fill_plain(batch, full_graph)
         self.step, self.model.running = None, "drafting" if len(rows) else "plain"
         if not len(rows):
@@ -103,12 +102,11 @@ class TidarModelState(DefaultModelState):
         inputs = super().prepare_inputs(input_batch, req_states)
         if self.step is not None:
             self.model.wanted = "both" if input_batch.has_structured_output_reqs else "states"
-        return {**inputs, "positions": self.buffers.positions[: input_batch.num_tokens_after_padding]}
+        return inputs
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
-        inputs = super().prepare_dummy_inputs(num_reqs, num_tokens)
         self.model.running = "both"
-        return {**inputs, "positions": self.buffers.positions[:num_tokens]}
+        return super().prepare_dummy_inputs(num_reqs, num_tokens)
 
 
 def takes_the_best(params: Any) -> bool:

@@ -1,4 +1,4 @@
-"""One step's tokens: which requests draft, where their drafts and masks lie, and what they see.
+"""One step's tokens: which requests draft, where their drafts and masks lie, what they see, and what comes of it.
 
 vLLM has put every request's tokens one after another: the last verified token, then placeholders. Here the
 placeholders become drafts and masks. Everything that the model reads stays where it is in memory, as CUDA graphs want.
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tidar.kernels.judge import choose_outcomes
+from tidar.kernels.judge import Decision, choose_outcomes
 from tidar.layout import Layout, chains, step_layout
 from tidar.vllm.replay import Replay
 from tidar.vllm.shapes import Curve, Shape
@@ -87,15 +87,35 @@ class Step:
         return Step(self.shape, self.rows[rows], index[rows], *rest)
 
 
+class Told(NamedTuple):
+    """What R requests' drafting step has come to.
+
+    tokens: [R, K] int64, of which the first ones count. counts: [4, R] int32: how many those are, how many of the slots
+    are none, how many drafts were judged, and whether the true outcome had no block of its own.
+    """
+
+    tokens: Tensor
+    counts: Tensor
+
+    @classmethod
+    def of(cls, decision: Decision, shape: Shape, anchors: Tensor) -> Told:
+        """`anchors` [R or 1, B]: the drafts that the step's blocks continue."""
+        accepted, drafted = decision.result[:, 0], decision.result[:, 1]
+        missed = torch.zeros_like(accepted)
+        if shape.outcomes < shape.draft_length:
+            missed = (anchors != accepted[:, None] - 1).all(1)
+        counts = torch.stack((accepted, shape.slots - accepted, drafted, missed))
+        return cls(decision.result[:, 3:].contiguous(), counts.int())
+
+
 class Buffers:
     """What the model reads of a step beside vLLM's own buffers.
 
-    gate [most tokens, 1] in the model's dtype, 1 at masks; positions [most tokens] int64; enter, exit: see Visibility.
+    gate [most tokens, 1] in the model's dtype, 1 at masks; enter, exit: see Visibility.
     """
 
     def __init__(self, most_tokens: int, most_requests: int, dtype: torch.dtype, device: torch.device):
         self.gate = torch.zeros(most_tokens, 1, dtype=dtype, device=device)
-        self.positions = torch.zeros(most_tokens, dtype=torch.long, device=device)
         self.enter = torch.zeros(most_tokens, dtype=torch.int32, device=device)
         self.exit = torch.ones(most_tokens, dtype=torch.int32, device=device)
         self.requests = torch.arange(most_requests, dtype=torch.int32, device=device)
@@ -122,15 +142,18 @@ class Buffers:
             enter, exit_ = (sent(bound.numpy(), self.enter.device) for bound in bounds)
             self.enter[: len(enter)], self.exit[: len(exit_)] = enter.int(), exit_.int()
 
-    def fill_step(self, input_ids: Tensor, starts: Tensor, tokens: Tensor, layout: Layout, last_position: int) -> None:
-        """A drafting step's token ids, positions, gate and visibility; `tokens` [R, N] are drafts and masks."""
+    def fill_step(self, batch: Any, starts: Tensor, tokens: Tensor, layout: Layout, last_position: int) -> None:
+        """A drafting step's token ids, positions, gate and visibility; `tokens` [R, N] are drafts and masks.
+
+        vLLM has used its positions by now, one after another, to place keys and values.
+        """
         place = torch.arange(layout.size, device=starts.device)
         where = starts[:, None] + place
         # Whole tensors: a number would be sent to the device, and the host would wait for that.
-        input_ids[where] = tokens.int()
+        batch.input_ids[where] = tokens.int()
         self.gate[where] = (place >= layout.clean).to(self.gate.dtype)[:, None].expand(len(where), -1, -1)
         # Masks may stand past the context's end; no token there is ever committed.
-        self.positions[where] = layout.position.clamp(max=last_position)
+        batch.positions[where] = layout.position.clamp(max=last_position)
         self.enter[where], self.exit[where] = layout.enter.int(), layout.exit.int()
 
 
@@ -192,5 +215,5 @@ class StepMaker:
         layout = step_layout(length, outcomes, slots.device, (), self.causal_blocks).after(batch.positions[starts])
         tokens = torch.cat((batch.input_ids[starts][:, None].long(), drafts.tokens[slots, 1:length]), 1)
         masks = tokens.new_full((len(slots), layout.size - length), self.mask_token)
-        self.buffers.fill_step(batch.input_ids, starts, torch.cat((tokens, masks), 1), layout, self.last_position)
+        self.buffers.fill_step(batch, starts, torch.cat((tokens, masks), 1), layout, self.last_position)
         return slots, starts, tokens, layout.anchors, layout.prefix
