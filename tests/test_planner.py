@@ -405,9 +405,21 @@ def test_once_nothing_waits_drafting_must_be_worth_the_slowest_row():
 def test_another_batch_size_is_another_choice():
     planner = planner_with({(1, 0): 1.0, (8, 8): 1.1})
     planner.costs[2] = [(plan, 100.0 if plan.drafting else 1.0) for plan, _ in planner.costs[1]]
+    planner.in_step = False
     assert planner.choose(1).drafting
     assert not planner.choose(2).drafting
     assert planner.choose(1).drafting
+
+
+def test_a_batch_that_decodes_plainly_and_shrinks_drafts_only_if_what_is_left_lasts():
+    planner = planner_with({(1, 0): 1.0, (8, 8): 1.1})
+    drafts, dear = planner.costs[1], [(plan, 100.0 if plan.drafting else 1.0) for plan, _ in planner.costs[1]]
+    planner.costs |= {8: dear, 4: drafts, 2: drafts}
+    sizes = [8] * 3 + [4] * 5 + [2] * (LOOK_AGAIN + 1)
+    assert [planner.choose(size, True).drafting for size in sizes] == [False] * (len(sizes) - 1) + [True]
+    assert planner.choose(1, True).drafting  # it drafts, so it goes on
+    planner._size = 0  # as `prepare` does for a new run
+    assert planner.choose(2, True).drafting
 
 
 def test_hits_on_leaves_are_learned_and_known_drafts_say_nothing_of_survival():

@@ -25,8 +25,8 @@ SAMPLED = SamplingParams(temperature=0.8, seed=3)
 
 
 @pytest.fixture(autouse=True)
-def prefills_are_captured_at_once(monkeypatch):
-    monkeypatch.setattr(module, "PREFILL_USES", 0)
+def everything_is_captured_at_once(monkeypatch):
+    monkeypatch.setattr(GraphRunner, "patient", False)
 
 
 class Replayed(GraphRunner):
@@ -175,6 +175,8 @@ def test_greedy_output_is_that_of_generate_with_graphs(data):
     runner = Replayed(network)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tidar.decode.engine.runner_for", lambda network: runner)
+        patch.setattr(module, "SHRINK_USES", data.draw(st.integers(0, 5)))
+        runner.patient = data.draw(st.booleans())
         for _ in range(2):
             rows = data.draw(st.lists(st.integers(0, len(PROMPTS) - 1), min_size=1, max_size=9))
             plan = data.draw(st.sampled_from([Plan(1), Plan(4), Plan(8, outcomes=2)]))
@@ -328,6 +330,7 @@ def test_a_server_replays_what_lasts_and_runs_the_rest(monkeypatch):
 def test_sizes_of_prefills_that_are_rare_run_eagerly(monkeypatch):
     monkeypatch.setattr(module, "PREFILL_USES", 2)
     runner, plan = Replayed(network_of("llama")), Plan(4)
+    runner.patient = True
     runner.prepare(2, CONTEXT, plan)
     captured = []
     for _ in range(4):
@@ -346,10 +349,9 @@ def test_prefills_of_rare_sizes_run_by_graphs_of_others(data):
     mine, eager = Replayed(network), module.Runner(network)
     for runner in (mine, eager):
         runner.prepare(8, 4 * CONTEXT, plan)
-    mine.prefill_uses = 0
     for rows in data.draw(st.lists(st.integers(1, 4), max_size=3)):
         mine.admit([PROMPTS[2] * data.draw(st.integers(1, 6))] * rows, list(range(rows)), list(range(rows)), plan)
-    mine.prefill_uses, known = 3, dict(mine.graphs)
+    mine.patient, known = True, dict(mine.graphs)
     rows = data.draw(st.integers(1, 8))
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(rows)]
     places = data.draw(st.permutations(range(8)))[:rows]
@@ -364,10 +366,11 @@ def test_prefills_of_rare_sizes_run_by_graphs_of_others(data):
 
 def test_a_size_that_others_stand_in_for_is_captured_later(monkeypatch):
     monkeypatch.setattr(module, "STAND_IN_USES", 2)
+    monkeypatch.setattr(module, "PREFILL_USES", 3)
     runner, plan = Replayed(network_of("llama")), Plan(1)
     runner.prepare(4, CONTEXT, plan)
     runner.admit(PROMPTS[:1], [0], [0], plan)  # captured at once
-    runner.prefill_uses, replays = 3, []
+    runner.patient, replays = True, []
     monkeypatch.setattr(runner, "_admit", lambda *args, own=runner._admit: replays.append(args[4][1:]) or own(*args))
     slots = module.bucket(max(map(len, PROMPTS[:2])))
     for _ in range(7):
@@ -377,7 +380,7 @@ def test_a_size_that_others_stand_in_for_is_captured_later(monkeypatch):
 
 
 def test_a_benchmark_captures_every_size_at_once(monkeypatch):
-    monkeypatch.setattr(module, "PREFILL_USES", 5)
+    monkeypatch.setattr(GraphRunner, "patient", True)
     network = tiny_network("llama")
     runner = Replayed(network)
     monkeypatch.setattr(module, "runner_for", lambda network: runner)
@@ -387,6 +390,53 @@ def test_a_benchmark_captures_every_size_at_once(monkeypatch):
     assert len(runner.graphs) == 1
     runner.admit(PROMPTS[:2], [0, 1], [0, 1], Plan(4))
     assert len(runner.graphs) == 1
+
+
+def test_a_batch_shrinks_once_that_is_worth_a_capture(monkeypatch):
+    monkeypatch.setattr(module, "SHRINK_USES", 8)
+    runner, plan = Replayed(network_of("llama")), Plan(4)
+    runner.patient = True
+    runner.prepare(4, CONTEXT, plan)
+    assert [runner.shrinks(plan, 2) for _ in range(3)] == [False, False, True]
+    assert [runner.shrinks(Plan(1), 2) for _ in range(9)] == [False] * 8 + [True]
+    runner.step(plan, 1, 0)
+    assert runner.shrinks(plan, 1)  # captured
+
+
+def test_a_batch_shrinks_to_the_smallest_size_that_is_captured(monkeypatch):
+    """Five rows begin in eight places, and in the end there is one."""
+    network, sizes = tiny_network("llama"), []
+    runner, plan = Replayed(network), Plan(1)
+    runner.prepare(8, 4 * CONTEXT, plan)
+    runner.step(plan, 4, 0)
+    monkeypatch.setattr(runner, "step", lambda *given, own=runner.step: sizes.append(given[1]) or own(*given))
+    wanted = continuations("llama")
+    ends = frozenset(row[3] for row in wanted[1:]) - {*wanted[0][:20]}
+    for runner.patient, needed in ((True, [8, 4]), (False, [8, 4, 2])):
+        answers = {}
+        for updates in Engine(network, plan, runner=runner).run(PROMPTS, Limits(20, ends)):
+            answers.update({u.answer.row: u.answer.token_ids for u in updates})
+        assert all(answer == wanted[row][: len(answer)] for row, answer in answers.items())
+        assert list(dict.fromkeys(sizes))[: len(needed)] == needed
+        assert needed[-1] == min(sizes) or not runner.patient
+        sizes.clear()
+
+
+def test_a_batch_that_may_not_shrink_goes_on_at_its_size(monkeypatch):
+    network, sizes, answers = tiny_network("llama"), [], {}
+    runner = Replayed(network)
+    runner.patient = True
+    monkeypatch.setattr(runner, "step", lambda *given, own=runner.step: sizes.append(given[1]) or own(*given))
+    wanted = continuations("llama")
+    ends = frozenset(wanted[1][3:4]) - {*wanted[0][:20]}  # of the second answer, not of the first
+    assert ends
+    for least in (module.SHRINK_USES, 0):
+        monkeypatch.setattr(module, "SHRINK_USES", least)
+        sizes.clear()
+        for updates in Engine(network, Plan(1), runner=runner).run(PROMPTS[:2], Limits(20, ends)):
+            answers.update({u.answer.row: u.answer.token_ids for u in updates})
+        assert answers == {0: wanted[0][:20], 1: wanted[1][: 1 + wanted[1].index(min(ends))]}
+        assert set(sizes) == ({2} if least else {2, 1})
 
 
 def test_a_forward_is_timed_as_a_graph_of_the_runner(monkeypatch):

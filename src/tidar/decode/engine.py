@@ -200,6 +200,7 @@ class Engine:
         slots: list[Row | None] = [None] * runner.batch_for(most)
         running = deque[Callable[[], list[Update]]]()  # forwards that are under way: each waits for its own and says
         idle = 0  # places that were free in each forward since the last prefill, while prompts waited
+        plan = self.planner.longest
         while waiting or any(slots):
             free = [slot for slot, row in enumerate(slots) if row is None]
             places = free[: most - (len(slots) - len(free))]  # the batch may be larger than was asked for
@@ -210,7 +211,7 @@ class Engine:
                 slots = list(slots)  # a forward that is under way keeps its own
                 running.append(self._admit(runner, places, joining, slots, prompts, limits, not waiting))
             elif not waiting:
-                slots = _compact(runner, state, slots)
+                slots = _compact(runner, state, slots, plan)
             if _wanting(slots):
                 plan = self.planner.choose(len(slots), not waiting)
                 # To capture a step takes long: what is known by then comes first.
@@ -352,10 +353,15 @@ def _text(row: Row) -> str:
     return text
 
 
-def _compact(runner: Runner, state: State, slots: list[Row | None]) -> list[Row | None]:
-    """Halve the batch once half of its places are free: less often would waste forwards, more often copies."""
+def _compact(runner: Runner, state: State, slots: list[Row | None], plan: Plan) -> list[Row | None]:
+    """Halve the batch once half of its places are free: less often would waste forwards, more often copies.
+
+    To a size whose step is captured, or worth it; `plan` is the last one's, which most likely is the next one's.
+    """
     alive = [slot for slot, row in enumerate(slots) if row is not None]
     size = runner.batch_for(len(alive))
+    while size < len(slots) and not runner.shrinks(plan, size):
+        size *= 2
     if not alive or size * 2 > len(slots):
         return slots
     state.move_rows(torch.tensor(alive, device=state.drafts.device))
