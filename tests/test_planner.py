@@ -238,6 +238,59 @@ def test_looks_come_where_they_leave_little_staggered():
     assert looks([planner.choose(16, True) for _ in range(1 + LOOK)]) == [(False, 1), (True, LOOK)]
 
 
+def test_rows_in_step_wait_longer_as_one_look_shows_more():
+    """Where a look costs next to nothing, as drafts are free."""
+    planner = planner_with({(1, 0): 1.0, (8, 8): 1.0})
+    planner.acceptance.stood = [0.0] * 15
+    planner.costs[4] = planner.costs[1]
+    waits = [count for drafting, count in looks([planner.choose(4, True) for _ in range(60_000)]) if not drafting]
+    least = STAGGER_LAST / LOOK_SHARE
+    assert waits[:6] == [max(least, 4 * LOOK_AGAIN * 2**n) for n in range(4)] + [4 * LOOK_AGAIN_MOST] * 2
+
+
+def test_drafting_that_a_batch_soon_gives_up_does_not_begin_with_every_run():
+    """As with MT-Bench in batches of 16: a look near the end of answers sees good drafts, their beginnings have none.
+
+    They promise enough while prompts wait, but not at the end.
+    """
+    planner = planner_with({(1, 0): 1.0, (8, 8): 2.2})
+    planner.costs[16] = planner.costs[1]
+    tokens, began, drafting = {False: 1, True: 3}, 0, 0
+    for _ in range(60):
+        planner._size, planner._age, planner._running = 0, 0, planner.costs[1][0][0]  # as for a new run
+        planner.acceptance.relax()
+        plans = []
+        for forward in range(500):
+            last = forward >= 400
+            plan = planner.choose(16, last)
+            planner.observe(plan, [Gain(plan.draft_length, 1, [0] * (tokens[last] if plan.drafting else 1))] * 16)
+            plans.append(plan)
+        began += plans[0].drafting
+        drafting += sum(plan.drafting for plan in plans)
+    assert 1 <= began <= 4
+    assert 0 < drafting <= 60 * 500 * LOOK_SHARE / 5
+
+
+def test_drafting_that_lasts_forgets_that_it_failed():
+    planner = planner_with({(1, 0): 1.0, (8, 8): 1.2})
+    planner.costs[4] = planner.costs[1]
+
+    def play(forwards: int, tokens: int) -> int:
+        plans = []
+        for _ in range(forwards):
+            plans.append(planner.choose(4, True))
+            length = plans[-1].draft_length
+            planner.observe(plans[-1], [Gain(length, 1, [0] * min(tokens, length))] * 4)
+        return sum(plan.drafting for plan in plans)
+
+    assert 0 < play(40, 1) < 40
+    assert planner.learned.pauses[4].failed
+    while not play(1, 8):
+        pass
+    assert play(200, 8) == 200
+    assert not planner.learned.pauses
+
+
 def test_a_servers_rows_are_never_in_step():
     planner = planner_with({(1, 0): 1.0, (8, 8): 1.2})
     planner.costs[16], planner.in_step = planner.costs[1], False
