@@ -49,10 +49,10 @@ UNEVEN = 0.0625
 empty until others take them or the batch is halved, and prefills come one by one. Plainly decoded rows keep pace with
 each other. On an H200 promises above 1.2 were worth 0.8 to 1.2 at batch 16 and 64, and about 1.2 at batch 4."""
 LAST = 0.06
-"""What it must promise beyond that for each doubling, once nothing waits for the places of rows that end: the job then
-takes as long as its slowest row, which is the further from the mean the more rows there are. Of 24 answers to GSM8K or
-MT-Bench the slowest took 1.3 to 1.4 times the forwards of their mean (results/compare-smollm2-135m-h200); what is asked
-for has not been timed."""
+"""What it must promise beyond that for each doubling to begin once nothing waits for the places of rows that end: the
+job then takes as long as its slowest row, which is the further from the mean the more rows there are. Of 24 answers to
+GSM8K or MT-Bench the slowest took 1.3 to 1.4 times the forwards of their mean (results/compare-smollm2-135m-h200); what
+is asked for has not been timed. Rows that have been drafting are out of step anyway, and go on."""
 LOOK_AGAIN, LOOK_AGAIN_MOST = 64, 1024
 """Plain steps before the first look at whether drafting pays after all, times rows that are in step: more of them show
 more in a look, and lose more by it. Twice as many after each look that says no, and after drafting that a batch gave up
@@ -338,7 +338,7 @@ class AutoPlanner:
         pause = self.learned.pauses.get(rows)
         if pause is not None and pause.rests and not running.drafting and not looked:
             return plain
-        least = rates[plain] * margin(rows, last)
+        least = rates[plain] * margin(rows, last and not running.drafting)
         if running.drafting and least < rates.get(running, 0.0) >= rates[best] / MARGIN:
             return running
         return best if rates[best] > MARGIN * least else plain
