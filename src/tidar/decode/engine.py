@@ -359,10 +359,12 @@ def _compact(runner: Runner, state: State, slots: list[Row | None], plan: Plan) 
     To a size whose step is captured, or worth it; `plan` is the last one's, which most likely is the next one's.
     """
     alive = [slot for slot, row in enumerate(slots) if row is not None]
+    if not alive:
+        return slots
     size = runner.batch_for(len(alive))
     while size < len(slots) and not runner.shrinks(plan, size):
         size *= 2
-    if not alive or size * 2 > len(slots):
+    if size * 2 > len(slots):
         return slots
     state.move_rows(torch.tensor(alive, device=state.drafts.device))
     return [slots[slot] for slot in alive] + [None] * (size - len(alive))
