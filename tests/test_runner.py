@@ -175,7 +175,7 @@ def test_greedy_output_is_that_of_generate_with_graphs(data):
     runner = Replayed(network)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tidar.decode.engine.runner_for", lambda network: runner)
-        patch.setattr(module, "SHRINK_USES", data.draw(st.integers(0, 5)))
+        patch.setattr(module, "SHRINK_SLOTS", data.draw(st.integers(0, 100)))
         runner.patient = data.draw(st.booleans())
         for _ in range(2):
             rows = data.draw(st.lists(st.integers(0, len(PROMPTS) - 1), min_size=1, max_size=9))
@@ -393,12 +393,15 @@ def test_a_benchmark_captures_every_size_at_once(monkeypatch):
 
 
 def test_a_batch_shrinks_once_that_is_worth_a_capture(monkeypatch):
-    monkeypatch.setattr(module, "SHRINK_USES", 8)
-    runner, plan = Replayed(network_of("llama")), Plan(4)
+    plan = Plan(4)
+    monkeypatch.setattr(module, "SHRINK_SLOTS", 2 * 2 * (plan.slots + module.SHRINK_ROW))
+    runner = Replayed(network_of("llama"))
     runner.patient = True
     runner.prepare(4, CONTEXT, plan)
     assert [runner.shrinks(plan, 2) for _ in range(3)] == [False, False, True]
-    assert [runner.shrinks(Plan(1), 2) for _ in range(9)] == [False] * 8 + [True]
+    plain = module.SHRINK_SLOTS // (2 * (1 + module.SHRINK_ROW))
+    assert plain > 2
+    assert [runner.shrinks(Plan(1), 2) for _ in range(plain + 1)] == [False] * plain + [True]
     runner.step(plan, 1, 0)
     assert runner.shrinks(plan, 1)  # captured
 
@@ -430,8 +433,8 @@ def test_a_batch_that_may_not_shrink_goes_on_at_its_size(monkeypatch):
     wanted = continuations("llama")
     ends = frozenset(wanted[1][3:4]) - {*wanted[0][:20]}  # of the second answer, not of the first
     assert ends
-    for least in (module.SHRINK_USES, 0):
-        monkeypatch.setattr(module, "SHRINK_USES", least)
+    for least in (module.SHRINK_SLOTS, 0):
+        monkeypatch.setattr(module, "SHRINK_SLOTS", least)
         sizes.clear()
         for updates in Engine(network, Plan(1), runner=runner).run(PROMPTS[:2], Limits(20, ends)):
             answers.update({u.answer.row: u.answer.token_ids for u in updates})

@@ -9,6 +9,7 @@ not pay, and looks again now and then.
 from __future__ import annotations
 
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -52,19 +53,20 @@ LAST = 0.06
 """What it must promise beyond that for each doubling to begin once nothing waits for the places of rows that end: the
 job then takes as long as its slowest row, which is the further from the mean the more rows there are. Of 24 answers to
 GSM8K or MT-Bench the slowest took 1.3 to 1.4 times the forwards of their mean (results/compare-smollm2-135m-h200); what
-is asked for has not been timed. Rows that have been drafting are out of step anyway, and go on."""
-LOOK_AGAIN, LOOK_AGAIN_MOST = 64, 1024
-"""Plain steps before the first look at whether drafting pays after all, times rows that are in step: more of them show
-more in a look, and lose more by it. Twice as many after each look that says no, and after drafting that a batch gave up
-within THINK_AGAIN forwards: on an H200 batches of 16 with MT-Bench looked, hoped, drafted and gave up again every 1000
-forwards, which cost 3%.
+is asked for has not been timed."""
+HOLD = 0.5
+"""Share of UNEVEN that it must promise to go on: its rows are out of step by then, and stay so if it stops."""
+LOOK_AGAIN = 64
+"""Fewest plain steps before a look at whether drafting pays after all.
 
 A batch that decodes plainly and has shrunk, as half of its rows have ended, goes on so for as many steps: the rest may
-end soon, the first forward that drafts gains nothing but what plain decoding does, and rows that last long draft better
-than others (on an H200 the forwards that drafted so at the end of MT-Bench in batches of 16 took 25 ms instead of 19,
-and made the next run begin with drafts that did not pay)."""
+end soon, and the first forward that drafts gains nothing but what plain decoding does."""
 LOOK_SHARE = 0.01
 """Share of the time that looks may lose, by what is known: the dearer one is, the longer until it comes."""
+MOST_DOUBTS = 3
+"""Drafting that is found wanting halves that share, but for the first time, and so many times at most, until it lasts.
+Rows near the end of their answers draft better than others, so that a look there may promise what the next run does not
+keep: on an H200 MT-Bench in batches of 16 looked, hoped, drafted and gave up in every other run."""
 FIRST_LOOK, FIRST_LOOK_SHARE = 8, 0.05
 """Plain steps before the first look of all, and the share of the time that it may cost beside its own forwards: those
 are worth it, while acceptance is a guess."""
@@ -125,9 +127,12 @@ def _shape(plan: Plan) -> tuple[int, int, int]:
     return plan.draft_length, plan.blocks, plan.alternatives
 
 
-def margin(rows: int, last: bool) -> float:
-    """What drafting must promise, in tokens per second of plain decoding, to be worth it in a batch of `rows` rows."""
-    return 1 + math.log2(rows) * (UNEVEN + (LAST if last else 0))
+def margin(rows: int, last: bool, drafting: bool = False) -> float:
+    """What drafting must promise, in tokens per second of plain decoding, to be worth it in a batch of `rows` rows.
+
+    last: whether nothing waits for their places. drafting: whether they have been drafting.
+    """
+    return 1 + math.log2(rows) * (HOLD * UNEVEN if drafting else UNEVEN + (LAST if last else 0))
 
 
 def _hit_rates(shape: tuple[int, int, int], longest: int, hits: Sequence[float]) -> np.ndarray:
@@ -199,25 +204,19 @@ class Acceptance:
 
 @dataclass
 class Pause:
-    """Plain decoding of a batch size: forwards since the last look at drafting, and how often that said no.
+    """Plain decoding of a batch size: forwards since drafting was tried, and how often that was found wanting."""
 
-    rows: how many are in step, 1 if none are. failed: whether drafting began and was soon given up: it does not begin
-    again before its time, unless a look says so.
-    """
-
-    rows: int
     since: int = 0
-    doublings: int = 0
-    failed: bool = False
+    doubts: int = 0
 
     @property
-    def patience(self) -> int:
-        """The fewest forwards until the next look."""
-        return self.rows * min(LOOK_AGAIN << self.doublings, LOOK_AGAIN_MOST)
+    def halvings(self) -> int:
+        """Of what looks may lose. One text that is not like the rest brings one doubt, which is none yet."""
+        return max(0, self.doubts - 1)
 
-    @property
-    def rests(self) -> bool:
-        return self.failed and self.since < self.patience
+    def judge(self, pays: bool) -> None:
+        """Drafting has been tried."""
+        self.since, self.doubts = 0, max(0, self.doubts - 1) if pays else min(MOST_DOUBTS, self.doubts + 1)
 
 
 class Learned:
@@ -225,7 +224,7 @@ class Learned:
 
     def __init__(self, draft_length: int) -> None:
         self.acceptance = Acceptance(draft_length)
-        self.pauses = dict[int, Pause]()  # by batch size
+        self.pauses = defaultdict[int, Pause](Pause)  # by batch size
         self.asked: tuple | None = None
         self.gains = dict[tuple[int, int, int], float]()  # the last expected tokens, and what they follow from
         # By whether forwards are captured and how many threads there are; then by batch size, see `Costs.of`.
@@ -253,7 +252,6 @@ class AutoPlanner:
         self._plan = self._running = Plan(1, params)  # what to do now, and what was chosen: they differ in a look
         self._size, self._last = 0, False  # batch size of the choice, and whether nothing waits for places in it
         self._left = self._age = 0  # forwards until the next choice, forwards so far
-        self._lasted = 0  # forwards that have drafted since the last that did not
 
     @property
     def acceptance(self) -> Acceptance:
@@ -317,28 +315,22 @@ class AutoPlanner:
         elif not self._left:
             self._turn()
         self._left, self._age = self._left - 1, self._age + 1
-        self._lasted = self._lasted + 1 if self._plan.drafting else 0
         if not self._plan.drafting:
             self._pause.since += 1
-        elif self._running.drafting and (self._lasted >= THINK_AGAIN or self._size == 1):
-            self.learned.pauses.pop(self._size, None)
         return self._plan
 
     @property
     def _pause(self) -> Pause:
-        return self.learned.pauses.setdefault(self._size, Pause(self._size if self.in_step else 1))
+        return self.learned.pauses[self._size]
 
     def best(self, rows: int, last: bool = False) -> Plan:
         """The plan with the most expected tokens per second for a batch of `rows`; the running one, if hardly worse."""
         return self._best(rows, last, self._rates(rows))
 
-    def _best(self, rows: int, last: bool, rates: dict[Plan, float], looked: bool = False) -> Plan:
+    def _best(self, rows: int, last: bool, rates: dict[Plan, float]) -> Plan:
         plain = next(plan for plan in rates if not plan.drafting)
         best, running = max(rates, key=lambda plan: rates[plan]), self._running
-        pause = self.learned.pauses.get(rows)
-        if pause is not None and pause.rests and not running.drafting and not looked:
-            return plain
-        least = rates[plain] * margin(rows, last and not running.drafting)
+        least = rates[plain] * margin(rows, last, running.drafting)
         if running.drafting and least < rates.get(running, 0.0) >= rates[best] / MARGIN:
             return running
         return best if rates[best] > MARGIN * least else plain
@@ -356,23 +348,20 @@ class AutoPlanner:
 
     def _turn(self) -> None:
         """What comes when a plan has had its time: after plain decoding a look at drafting, else another choice."""
-        before, looked = self._running, self._plan != self._running
-        if looked:
-            self._pause.doublings += 1
-        elif not before.drafting:
+        tried = self._plan.drafting
+        if not tried:
             look, wait = self._next_look(self._rates(self._size))
             if look is not None and wait <= 0:
                 self._plan, self._left, self._pause.since = look, LOOK, 0
                 return
-        self._settle(looked)
-        if before.drafting and not self._running.drafting and self._size > 1 and self._lasted < THINK_AGAIN:
-            self._pause.since, self._pause.failed = 0, True
-            self._pause.doublings += 1
+        self._settle()
+        if tried:
+            self._pause.judge(self._running.drafting)
 
-    def _settle(self, looked: bool = False) -> None:
-        """Choose a plan, and for how many forwards. `looked`: whether a look has just shown what it is worth."""
+    def _settle(self) -> None:
+        """Choose a plan, and for how many forwards."""
         rates = self._rates(self._size)
-        self._plan = self._running = self._best(self._size, self._last, rates, looked)
+        self._plan = self._running = self._best(self._size, self._last, rates)
         if self._running.drafting:
             self._left = min(max(self._age, 4), THINK_AGAIN)
         else:
@@ -385,7 +374,7 @@ class AutoPlanner:
         least = MARGIN * margin(self._size, self._last) * rates[plain]
         drafting = [plan for plan in rates if plan.drafting]
         if not any(plan.draft_length / seconds[plan] > least for plan in drafting):  # though all drafts stood
-            return None, LOOK_AGAIN_MOST
+            return None, sys.maxsize
         # Any of them shows how far drafts stand.
         ready = [plan for plan in drafting if self.ready(plan, self._size)]
         best = max(ready or drafting, key=lambda plan: rates[plan])
@@ -395,4 +384,4 @@ class AutoPlanner:
         if not self.acceptance.seen:
             return best, max(FIRST_LOOK, math.ceil(lost / FIRST_LOOK_SHARE)) - self._pause.since
         lost += LOOK * seconds[best] / seconds[plain] - 1 - (LOOK - 1) * rates[best] * seconds[best]
-        return best, max(self._pause.patience, math.ceil(lost / LOOK_SHARE)) - self._pause.since
+        return best, max(LOOK_AGAIN, math.ceil(lost / LOOK_SHARE) << self._pause.halvings) - self._pause.since

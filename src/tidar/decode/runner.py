@@ -46,9 +46,9 @@ PREFILL_WORK = 2e13
 PREFILL_USES = 8
 """Prefills of a size that run eagerly before it is captured, which costs as much as several (how many is a guess): rows
 that end one by one come in many sizes."""
-SHRINK_USES = 200
-"""Plain forwards over twice the rows that are needed before the smaller step is captured. On an H200 that takes 26 ms
-for 135M parameters, and saves 0.06 to 0.2 ms a forward; of forwards that draft, which save more, a quarter will do."""
+SHRINK_SLOTS, SHRINK_ROW = 20_000, 5
+"""Slots that forwards must have computed for places that a smaller batch would not have before its step is captured;
+each place costs so many slots more. On an H200 a capture takes as long as all of these, for 135M parameters: 26 ms."""
 STAND_INS = ((2, 1), (1, 2), (4, 1), (2, 2), (1, 4))
 STAND_IN_USES = 8
 """Captured prefills of other sizes that take the place of an eager one: (how many of them, how many times as wide). A
@@ -256,7 +256,7 @@ class GraphRunner(Runner):
         return not _lasting(plan) or (plan.key, rows) in self.graphs
 
     def shrinks(self, plan: Plan, rows: int) -> bool:
-        uses = SHRINK_USES // 4 if plan.drafting else SHRINK_USES
+        uses = SHRINK_SLOTS // (rows * (plan.slots + SHRINK_ROW))  # the batch has at least twice as many places
         return self.ready(plan, rows) or self._comes_often((plan.key, rows), uses)
 
     @torch.inference_mode()

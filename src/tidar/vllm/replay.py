@@ -56,7 +56,8 @@ class Replay:
             function: may change tensors that outlive it, and must not ask the device anything.
             inputs: new in every call.
             tokens: of the step. Beyond MOST_TOKENS nothing is recorded: launches matter less there, memory more.
-            fixed: what else the function reads or writes in its batch, by views that may move between calls.
+            fixed: what else the function reads or writes, in place: its batch, and what another graph has left. These
+                are views that may move between calls; a graph is only for those that it was recorded with.
         """
         addresses = tuple(tensor.data_ptr() for tensor in fixed)
         held = self.recorded.get(key)

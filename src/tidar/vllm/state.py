@@ -125,6 +125,7 @@ def check_supported(config: VllmConfig) -> None:
         "context parallelism": parallel.decode_context_parallel_size > 1,
         "data parallelism inside one server": parallel.data_parallel_size > 1,
         "a quantised KV cache": config.cache_config.cache_dtype.startswith("fp8"),
+        "rotary positions of several axes (M-RoPE)": config.model_config.uses_mrope,
         "prompt embeddings": config.model_config.enable_prompt_embeds,
         "returning sampling masks": getattr(config.model_config, "return_sampling_mask", False),
         "replaying traces": getattr(config.model_config, "enable_trace_replay", False),
