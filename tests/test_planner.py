@@ -16,7 +16,6 @@ from tidar.decode.planner import (
     CAPTURE,
     FIRST_LOOK,
     FIRST_LOOK_SHARE,
-    HOLD,
     LOOK,
     LOOK_AGAIN,
     LOOK_SHARE,
@@ -30,10 +29,8 @@ from tidar.decode.planner import (
     STAGGER,
     STAGGER_LAST,
     THINK_AGAIN,
-    UNEVEN,
     Acceptance,
     AutoPlanner,
-    Learned,
     Pause,
     expected_tokens,
     margin,
@@ -174,6 +171,15 @@ def test_plain_decoding_where_drafts_do_not_pay_with_rarer_and_rarer_looks(cost)
     assert looks([planner.choose(1) for _ in range(total)]) == wanted
 
 
+def test_looks_that_seem_to_lose_nothing_become_rarer_too():
+    """Drafts promise more than plain decoding gives, but less than they must in a batch."""
+    planner, times = planner_with({}), (1, 1, 2, 4, 4)
+    gain = expected_tokens([PRIOR] * 15, [(8, 8, 0)])[0]
+    planner.in_step, planner.costs = False, {16: [(plan_of((1, 0)), 1.0), (plan_of((8, 8)), gain / 1.28)]}
+    wanted = [run for wait in times for run in ((False, wait * LOOK_AGAIN), (True, LOOK))]
+    assert looks([planner.choose(16) for _ in range(sum(count for _, count in wanted))]) == wanted
+
+
 @pytest.mark.parametrize(
     ("rows", "cost", "captured"), [(1, 3.0, True), (1, 4.0, True), (1, 4.0, False), (16, 2.6, True)]
 )
@@ -181,6 +187,7 @@ def test_the_first_look_comes_as_soon_as_what_it_costs_beside_its_forwards_is_a_
     planner = planner_with({(1, 0): 1e-3, (8, 8): cost * 1e-3})
     planner.costs[rows], planner.ready = planner.costs[1], lambda plan, rows: captured
     planner.acceptance.seen = False
+    planner.learned.pauses[rows].doubts = MOST_DOUBTS  # as another text may have left
     lost = (STAGGER if rows > 1 else 0) + (0 if captured else CAPTURE * 1e3)
     wait = max(FIRST_LOOK, math.ceil(lost / FIRST_LOOK_SHARE))
     assert (wait == FIRST_LOOK) == (rows == 1 and captured)
@@ -241,14 +248,15 @@ def test_looks_come_where_they_leave_little_staggered():
     assert looks([planner.choose(16, True) for _ in range(1 + LOOK)]) == [(False, 1), (True, LOOK)]
 
 
-def decode(learned: Learned, rows: int, tokens: int, gain, cost: float, waiting: float = 0.0) -> tuple[float, int]:
+def decode(planner: AutoPlanner, rows: int, tokens: int, gain, waiting: float = 0.0) -> tuple[float, int]:
     """A run of rows in step: its time in plain forwards, and how many of its forwards drafted.
 
     gain: tokens a forward that judges drafts, given whether no prompt waits. waiting: share of the run before that.
     """
-    planner = planner_with({(1, 0): 1.0, (8, 8): cost})
-    planner.learned, planner.costs[rows] = learned, planner.costs[1]
-    learned.acceptance.relax()
+    planner.begin()
+    planner.acceptance.relax()
+    planner.costs[rows] = planner.costs[1]
+    cost = planner.costs[1][1][1]
     made, time, drafting, judging = 0, 0.0, 0, False
     while made < tokens:
         last = made >= waiting * tokens
@@ -264,11 +272,10 @@ def decode(learned: Learned, rows: int, tokens: int, gain, cost: float, waiting:
 @pytest.mark.parametrize(("rows", "tokens", "waiting"), [(1, 128, 0), (4, 500, 0.8), (16, 500, 0.8)])
 def test_a_text_now_and_then_that_is_hard_to_draft_costs_little(rows, tokens, waiting):
     """Of every 40 runs one gains nothing by drafting, the others 4 tokens a forward that costs 2.2 plain ones."""
-    learned = planner_with({}).learned
-    time = best = 0.0
+    planner, time, best = planner_with({(1, 0): 1.0, (8, 8): 2.2}), 0.0, 0.0
     for run in range(200):
         good = run % 40 != 20
-        time += decode(learned, rows, tokens, lambda last, good=good: 4 if good else 1, 2.2, waiting)[0]
+        time += decode(planner, rows, tokens, lambda last, good=good: 4 if good else 1, waiting)[0]
         best += 2.2 * tokens / 4 if good else tokens
     assert 1 < time / best < 1.06
 
@@ -276,8 +283,8 @@ def test_a_text_now_and_then_that_is_hard_to_draft_costs_little(rows, tokens, wa
 @pytest.mark.parametrize("rows", [1, 4, 16])
 def test_drafting_that_only_pays_at_the_end_of_answers_begins_in_few_runs(rows):
     """As with MT-Bench in batches of 16: a look near the end promises what the next run's beginning does not keep."""
-    learned = planner_with({}).learned
-    runs = [decode(learned, rows, 500, lambda last: 3 if last else 1, 2.2, waiting=0.8) for _ in range(60)]
+    planner = planner_with({(1, 0): 1.0, (8, 8): 2.2})
+    runs = [decode(planner, rows, 500, lambda last: 3 if last else 1, waiting=0.8) for _ in range(60)]
     time, drafting = map(sum, zip(*runs, strict=True))
     assert time < 1.005 * 60 * 500
     assert 0 < drafting < LOOK_SHARE * 60 * 500 / 2
@@ -289,16 +296,39 @@ def test_doubts_go_as_drafting_lasts():
         pause.judge(pays=False)
     assert pause == Pause(0, MOST_DOUBTS)
     assert pause.halvings == MOST_DOUBTS - 1
-    learned = planner_with({}).learned
-    learned.pauses[4] = pause
-    decode(learned, 4, 8 * 2 * THINK_AGAIN, lambda last: 8, 2.2)
-    assert pause.doubts == 0
+    planner = planner_with({(1, 0): 1.0, (8, 8): 2.2})
+    planner.learned.pauses[4] = pause
+    time, drafting = decode(planner, 4, 8 * 2 * THINK_AGAIN, lambda last: 8)
+    assert time == pytest.approx(2.2 * drafting)  # all of it
+    assert pause == Pause(0, 0)
+
+
+def test_drafting_of_a_server_is_judged_though_its_requests_come_and_go():
+    planner = planner_with({(1, 0): 1.0, (8, 8): 2.2})
+    planner.in_step, planner.costs[4] = False, planner.costs[1]
+    planner.costs[8] = [(plan, 100.0 if plan.drafting else 1.0) for plan, _ in planner.costs[1]]
+    planner.acceptance.stood = list(planner.acceptance.tried)  # all drafts stand
+    for size, drafts in ((1, True), (4, True), (1, True), (4, True), (8, False)):
+        planner.learned.pauses[size] = Pause(7, 2)
+        assert all(planner.choose(size).drafting == drafts for _ in range(4))
+    doubts = {size: pause.doubts for size, pause in planner.learned.pauses.items()}
+    assert doubts == {1: 1, 4: 3, 8: 2}  # four went on, then eight did not
+
+
+def test_a_look_that_is_cut_short_is_not_taken_again_at_once():
+    planner = planner_with({(1, 0): 1.0, (8, 8): 2.2})
+    planner.acceptance.stood = [0.0] * 15
+    planner.in_step, planner.costs[2] = False, planner.costs[1]
+    while not planner.choose(1).drafting:
+        pass
+    assert not planner.choose(2).drafting
+    assert not any(planner.choose(1).drafting for _ in range(LOOK_AGAIN))
 
 
 def test_drafting_that_runs_needs_less_to_go_on():
     rate, rows, shape = 0.5, 16, (8, 8, 0)
     gain = expected_tokens([rate] * 15, [shape])[0]
-    for promised, goes_on in ((margin(rows, False), True), (1 + math.log2(rows) * HOLD * UNEVEN - 0.01, False)):
+    for promised, goes_on in ((1.25, True), (1.15, True), (1.1, False)):
         planner = planner_with({})
         planner.acceptance.stood = [rate * tried for tried in planner.acceptance.tried]
         planner.costs = {rows: [(plan_of((1, 0, 0)), 1.0), (plan_of(shape), gain / promised)]}
@@ -410,6 +440,15 @@ def test_the_next_run_begins_with_what_was_learned():
     sampled = AutoPlanner(SamplingParams(0.8))
     sampled.prepare(Runner(network), 1)
     assert sampled.acceptance.survival[0] == pytest.approx(PRIOR)
+    sampled.costs[1] = [(plan_of((1, 0)), 1.0), (plan_of((8, 8)), 1.1)]
+    assert all(sampled.choose(1).drafting for _ in range(100))
+    sampled.costs[1] = [(plan, 100.0 if plan.drafting else 1.0) for plan, _ in sampled.costs[1]]
+    assert sampled.choose(1).drafting  # it goes on for a while
+    sampled.prepare(Runner(network), 1)
+    sampled.costs[1] = [(plan_of((1, 0)), 1.0), (plan_of((8, 8)), 1.1)]
+    sampled.choose(1)
+    sampled.costs[1] = [(plan, 100.0 if plan.drafting else 1.0) for plan, _ in sampled.costs[1]]
+    assert [sampled.choose(1).drafting for _ in range(4)] == [True] * 3 + [False]  # as in every run's beginning
 
 
 @pytest.mark.parametrize("forwards", [10, 60, 256])
@@ -418,7 +457,7 @@ def test_short_runs_look_at_drafting_again_too(forwards):
     planner = planner_with({(1, 0): 1.0, (8, 8): 1.3, (4, 4): 1.1})
 
     def play(stands: bool) -> int:
-        planner._size = 0  # as `prepare` does for a new run
+        planner.begin()
         planner.acceptance.relax()
         drafting = 0
         for _ in range(forwards):
@@ -433,7 +472,7 @@ def test_short_runs_look_at_drafting_again_too(forwards):
             break
     pause = planner.learned.pauses[1]
     afford = math.ceil((LOOK * 1.1 - LOOK) / LOOK_SHARE)  # as no draft stood
-    for _ in range(2 + (max(LOOK_AGAIN, afford << pause.halvings) - pause.since) // forwards):
+    for _ in range(2 + ((max(LOOK_AGAIN, afford) << pause.halvings) - pause.since) // forwards):
         last = play(stands=True)
     assert last == forwards
 
@@ -466,9 +505,8 @@ def test_once_nothing_waits_drafting_must_be_worth_the_slowest_row():
     planner = planner_with({})
     planner.acceptance.stood = [rate * tried for tried in planner.acceptance.tried]
     planner.costs = {rows: [(plan_of((1, 0, 0)), 1.0), (plan_of(shape), gain / (MARGIN * between))]}
-    plain = planner.costs[rows][0][0]
     for begins in (True, False):
-        planner._size, planner._running = 0, plain  # as for a new run
+        planner.begin()
         assert planner.first(rows, not begins).drafting == begins
         assert [planner.choose(rows, last).drafting for last in (not begins, True)] == [begins, begins]
     assert planner.choose(rows, False).drafting
@@ -491,8 +529,15 @@ def test_a_batch_that_decodes_plainly_and_shrinks_drafts_only_if_what_is_left_la
     sizes = [8] * 3 + [4] * 5 + [2] * (LOOK_AGAIN + 1)
     assert [planner.choose(size, True).drafting for size in sizes] == [False] * (len(sizes) - 1) + [True]
     assert planner.choose(1, True).drafting  # it drafts, so it goes on
-    planner._size = 0  # as `prepare` does for a new run
+    planner.begin()
     assert planner.choose(2, True).drafting
+    planner.costs[1] = dear
+    assert not planner.choose(1, True).drafting  # else it is another choice
+    planner.begin()
+    planner.acceptance.stood = [0.0] * 15
+    while not planner.choose(4, True).drafting:
+        pass
+    assert not planner.choose(2, True).drafting  # so ends a look
 
 
 def test_hits_on_leaves_are_learned_and_known_drafts_say_nothing_of_survival():

@@ -394,16 +394,15 @@ def test_a_benchmark_captures_every_size_at_once(monkeypatch):
 
 def test_a_batch_shrinks_once_that_is_worth_a_capture(monkeypatch):
     plan = Plan(4)
-    monkeypatch.setattr(module, "SHRINK_SLOTS", 2 * 2 * (plan.slots + module.SHRINK_ROW))
+    monkeypatch.setattr(module, "SHRINK_SLOTS", 2 * 6 * (plan.slots + module.SHRINK_ROW))
     runner = Replayed(network_of("llama"))
     runner.patient = True
     runner.prepare(4, CONTEXT, plan)
-    assert [runner.shrinks(plan, 2) for _ in range(3)] == [False, False, True]
     plain = module.SHRINK_SLOTS // (2 * (1 + module.SHRINK_ROW))
-    assert plain > 2
-    assert [runner.shrinks(Plan(1), 2) for _ in range(plain + 1)] == [False] * plain + [True]
+    for one, places, uses in ((plan, 8, 2), (plan, 4, 6), (Plan(1), 4, plain)):
+        assert [runner.shrinks(one, places, 2) for _ in range(uses + 1)] == [False] * uses + [True]
     runner.step(plan, 1, 0)
-    assert runner.shrinks(plan, 1)  # captured
+    assert runner.shrinks(plan, 2, 1)  # captured
 
 
 def test_a_batch_shrinks_to_the_smallest_size_that_is_captured(monkeypatch):

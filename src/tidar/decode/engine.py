@@ -362,7 +362,7 @@ def _compact(runner: Runner, state: State, slots: list[Row | None], plan: Plan) 
     if not alive:
         return slots
     size = runner.batch_for(len(alive))
-    while size < len(slots) and not runner.shrinks(plan, size):
+    while size < len(slots) and not runner.shrinks(plan, len(slots), size):
         size *= 2
     if size * 2 > len(slots):
         return slots

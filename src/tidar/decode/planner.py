@@ -55,7 +55,9 @@ job then takes as long as its slowest row, which is the further from the mean th
 GSM8K or MT-Bench the slowest took 1.3 to 1.4 times the forwards of their mean (results/compare-smollm2-135m-h200); what
 is asked for has not been timed."""
 HOLD = 0.5
-"""Share of UNEVEN that it must promise to go on: its rows are out of step by then, and stay so if it stops."""
+"""Share of UNEVEN that it must promise to go on, whether prompts wait or not: its rows are out of step by then, and
+stay so if it stops. On an H200 runs of MT-Bench in batches of 16 that drafted throughout, for a promise of about 1.2,
+took 2% longer than plain ones, and those that stopped after four forwards 5% (results/hold-smollm2-135m-h200)."""
 LOOK_AGAIN = 64
 """Fewest plain steps before a look at whether drafting pays after all.
 
@@ -64,9 +66,10 @@ end soon, and the first forward that drafts gains nothing but what plain decodin
 LOOK_SHARE = 0.01
 """Share of the time that looks may lose, by what is known: the dearer one is, the longer until it comes."""
 MOST_DOUBTS = 3
-"""Drafting that is found wanting halves that share, but for the first time, and so many times at most, until it lasts.
-Rows near the end of their answers draft better than others, so that a look there may promise what the next run does not
-keep: on an H200 MT-Bench in batches of 16 looked, hoped, drafted and gave up in every other run."""
+"""Drafting that is found wanting is a doubt; drafting that goes on takes one away. Each but the first halves the share
+that looks may lose, to a quarter at least. Rows near the end of their answers draft better than others, so that a look
+there may promise what the next run does not keep: on an H200 MT-Bench in batches of 16 looked, hoped, drafted and gave
+up in every other run."""
 FIRST_LOOK, FIRST_LOOK_SHARE = 8, 0.05
 """Plain steps before the first look of all, and the share of the time that it may cost beside its own forwards: those
 are worth it, while acceptance is a guess."""
@@ -204,14 +207,14 @@ class Acceptance:
 
 @dataclass
 class Pause:
-    """Plain decoding of a batch size: forwards since drafting was tried, and how often that was found wanting."""
+    """Plain decoding of a batch size: its forwards since drafting was tried, and how often that was found wanting."""
 
     since: int = 0
     doubts: int = 0
 
     @property
     def halvings(self) -> int:
-        """Of what looks may lose. One text that is not like the rest brings one doubt, which is none yet."""
+        """Of what looks may lose. One text that is not like the rest brings one doubt, which halves nothing yet."""
         return max(0, self.doubts - 1)
 
     def judge(self, pays: bool) -> None:
@@ -249,13 +252,17 @@ class AutoPlanner:
         self.captures = False  # whether forwards are CUDA graphs
         self.in_step = True  # whether rows of a batch begin together, as a server's do not
         self.ready: Callable[[Plan, int], bool] = lambda plan, rows: True  # whether a step need not be captured first
-        self._plan = self._running = Plan(1, params)  # what to do now, and what was chosen: they differ in a look
-        self._size, self._last = 0, False  # batch size of the choice, and whether nothing waits for places in it
-        self._left = self._age = 0  # forwards until the next choice, forwards so far
+        self.begin()
 
     @property
     def acceptance(self) -> Acceptance:
         return self.learned.acceptance
+
+    def begin(self) -> None:
+        """A run begins: nothing is decoding."""
+        self._plan = self._running = Plan(1, self.params)  # what to do now, and what was chosen: they differ in a look
+        self._size, self._last = 0, False  # batch size of the choice, and whether nothing waits for places in it
+        self._left = self._age = 0  # forwards until the next choice, forwards so far
 
     def prepare(self, runner: Runner, rows: int) -> None:
         kept, key = runner.network.learned, self.params.unseeded
@@ -277,7 +284,8 @@ class AutoPlanner:
                 size: [(replace(plan, params=self.params), seconds) for plan, seconds in costs]
                 for size, costs in known.items()
             }
-        self._size, self.remeasure = 0, False
+        self.remeasure = False
+        self.begin()
 
     def _measure(self, measured: Costs, rows: int) -> dict[int, list[tuple[Plan, float]]]:
         """Costs by batch size, up to the first that holds `rows`."""
@@ -306,12 +314,15 @@ class AutoPlanner:
     def choose(self, rows: int, last: bool = False) -> Plan:
         size = power_of_two(rows)
         if (size, last) != (self._size, self._last):
-            shrunk = self.in_step and size < self._size and not self._running.drafting
+            before, drafted = self._size, self._running.drafting
+            shrunk = self.in_step and size < before and not drafted
             self._size, self._last = size, last
             if shrunk:
                 self._plan, self._left = self._running, LOOK_AGAIN
             else:
                 self._settle()
+                if drafted:
+                    self.learned.pauses[before].judge(self._running.drafting)
         elif not self._left:
             self._turn()
         self._left, self._age = self._left - 1, self._age + 1
@@ -352,7 +363,8 @@ class AutoPlanner:
         if not tried:
             look, wait = self._next_look(self._rates(self._size))
             if look is not None and wait <= 0:
-                self._plan, self._left, self._pause.since = look, LOOK, 0
+                self._plan, self._left = look, LOOK
+                self._pause.since = 0  # already, as the batch may change before it is judged
                 return
         self._settle()
         if tried:
@@ -384,4 +396,4 @@ class AutoPlanner:
         if not self.acceptance.seen:
             return best, max(FIRST_LOOK, math.ceil(lost / FIRST_LOOK_SHARE)) - self._pause.since
         lost += LOOK * seconds[best] / seconds[plain] - 1 - (LOOK - 1) * rates[best] * seconds[best]
-        return best, max(LOOK_AGAIN, math.ceil(lost / LOOK_SHARE) << self._pause.halvings) - self._pause.since
+        return best, (max(LOOK_AGAIN, math.ceil(lost / LOOK_SHARE)) << self._pause.halvings) - self._pause.since

@@ -47,8 +47,8 @@ PREFILL_USES = 8
 """Prefills of a size that run eagerly before it is captured, which costs as much as several (how many is a guess): rows
 that end one by one come in many sizes."""
 SHRINK_SLOTS, SHRINK_ROW = 20_000, 5
-"""Slots that forwards must have computed for places that a smaller batch would not have before its step is captured;
-each place costs so many slots more. On an H200 a capture takes as long as all of these, for 135M parameters: 26 ms."""
+"""Slots that forwards compute for places that a smaller batch would not have, until its step is captured; each place
+costs so many more. On an H200 all of these take about as long as a capture, for 135M parameters."""
 STAND_INS = ((2, 1), (1, 2), (4, 1), (2, 2), (1, 4))
 STAND_IN_USES = 8
 """Captured prefills of other sizes that take the place of an eager one: (how many of them, how many times as wide). A
@@ -132,8 +132,8 @@ class Runner:
         """Whether a step can run at once; else it is captured first, which takes as long as hundreds of steps."""
         return True
 
-    def shrinks(self, plan: Plan, rows: int) -> bool:
-        """Whether a batch that needs only `rows` rows for its next forward should be compacted to them."""
+    def shrinks(self, plan: Plan, places: int, rows: int) -> bool:
+        """Whether a batch of `places` that needs only `rows` for its next forward should be compacted to them."""
         return True
 
     @torch.inference_mode()
@@ -255,8 +255,8 @@ class GraphRunner(Runner):
     def ready(self, plan: Plan, rows: int) -> bool:
         return not _lasting(plan) or (plan.key, rows) in self.graphs
 
-    def shrinks(self, plan: Plan, rows: int) -> bool:
-        uses = SHRINK_SLOTS // (rows * (plan.slots + SHRINK_ROW))  # the batch has at least twice as many places
+    def shrinks(self, plan: Plan, places: int, rows: int) -> bool:
+        uses = SHRINK_SLOTS // ((places - rows) * (plan.slots + SHRINK_ROW))
         return self.ready(plan, rows) or self._comes_often((plan.key, rows), uses)
 
     @torch.inference_mode()
