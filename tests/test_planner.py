@@ -269,15 +269,18 @@ def decode(planner: AutoPlanner, rows: int, tokens: int, gain, waiting: float = 
     return time, drafting
 
 
-@pytest.mark.parametrize(("rows", "tokens", "waiting"), [(1, 128, 0), (4, 500, 0.8), (16, 500, 0.8)])
-def test_a_text_now_and_then_that_is_hard_to_draft_costs_little(rows, tokens, waiting):
+@pytest.mark.parametrize(
+    ("rows", "tokens", "waiting", "most"),
+    [(1, 128, 0, 1.06), (4, 500, 0.8, 1.06), (16, 500, 0.8, 1.06), (16, 128, 0, 1.25)],
+)
+def test_a_text_now_and_then_that_is_hard_to_draft_costs_little(rows, tokens, waiting, most):
     """Of every 40 runs one gains nothing by drafting, the others 4 tokens a forward that costs 2.2 plain ones."""
     planner, time, best = planner_with({(1, 0): 1.0, (8, 8): 2.2}), 0.0, 0.0
     for run in range(200):
         good = run % 40 != 20
         time += decode(planner, rows, tokens, lambda last, good=good: 4 if good else 1, waiting)[0]
         best += 2.2 * tokens / 4 if good else tokens
-    assert 1 < time / best < 1.06
+    assert 1 < time / best < most
 
 
 @pytest.mark.parametrize("rows", [1, 4, 16])

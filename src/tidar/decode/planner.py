@@ -56,8 +56,8 @@ GSM8K or MT-Bench the slowest took 1.3 to 1.4 times the forwards of their mean (
 is asked for has not been timed."""
 HOLD = 0.5
 """Share of UNEVEN that it must promise to go on, whether prompts wait or not: its rows are out of step by then, and
-stay so if it stops. On an H200 runs of MT-Bench in batches of 16 that drafted throughout, for a promise of about 1.2,
-took 2% longer than plain ones, and those that stopped after four forwards 5% (results/hold-smollm2-135m-h200)."""
+stay so if it stops. On an H200 MT-Bench in batches of 16 takes 1% less time than plainly if all of it drafts, and runs
+that stopped after four forwards 5% more (results/speed-smollm2-135m-batches-h200 and hold-smollm2-135m-h200)."""
 LOOK_AGAIN = 64
 """Fewest plain steps before a look at whether drafting pays after all.
 
@@ -80,7 +80,8 @@ run ends. On an H200 it came to 50 to 150 with 64 MT-Bench prompts in batches of
 STAGGER_LAST = 10.0
 """The same once none waits: rows out of step end one by one. With 64 GSM8K prompts in one batch it came to 6."""
 CAPTURE = 0.15
-"""Seconds that capturing a step takes: of 135M parameters, on an H200."""
+"""Seconds that capturing a step takes: of 135M parameters on an H200 0.03 to 0.05 where its kernels are compiled, which
+Triton keeps on disk, else up to 3 (results/captures-smollm2-135m-h200)."""
 MOST_LEARNED = 64
 """Sampling parameters whose acceptance is kept; a server may be asked for any number of temperatures."""
 LOOK = 4

@@ -53,7 +53,8 @@ STAND_INS = ((2, 1), (1, 2), (4, 1), (2, 2), (1, 4))
 STAND_IN_USES = 8
 """Captured prefills of other sizes that take the place of an eager one: (how many of them, how many times as wide). A
 size waits STAND_IN_USES times longer for its own graph then. An eager prefill of 135M parameters takes 25 to 40 ms on
-an H100, whatever its size, a captured one some 3 ms, and to capture one 150 ms."""
+an H100, whatever its size, a captured one some 3 ms, and to capture one 30 to 55 ms on an H200, or a second if its
+kernels must be compiled (results/captures-smollm2-135m-h200)."""
 
 
 class Pending:
@@ -129,7 +130,7 @@ class Runner:
         return rows
 
     def ready(self, plan: Plan, rows: int) -> bool:
-        """Whether a step can run at once; else it is captured first, which takes as long as hundreds of steps."""
+        """Whether a step can run at once; else it is captured first, which takes as long as tens of steps."""
         return True
 
     def shrinks(self, plan: Plan, places: int, rows: int) -> bool:
