@@ -56,8 +56,8 @@ GSM8K or MT-Bench the slowest took 1.3 to 1.4 times the forwards of their mean (
 is asked for has not been timed."""
 HOLD = 0.5
 """Share of UNEVEN that it must promise to go on, whether prompts wait or not: its rows are out of step by then, and
-stay so if it stops. On an H200 MT-Bench in batches of 16 takes 1% less time than plainly if all of it drafts, and runs
-that stopped after four forwards 5% more (results/speed-smollm2-135m-batches-h200 and hold-smollm2-135m-h200)."""
+stay so if it stops. On an H200 MT-Bench in batches of 16 decodes 1% slower than plainly if all of it drafts, and 5% if
+runs stop after four forwards (results/speed-smollm2-135m-batches-h200 and hold-smollm2-135m-h200)."""
 LOOK_AGAIN = 64
 """Fewest plain steps before a look at whether drafting pays after all.
 
