@@ -311,11 +311,15 @@ def test_drafting_of_a_server_is_judged_though_its_requests_come_and_go():
     planner.in_step, planner.costs[4] = False, planner.costs[1]
     planner.costs[8] = [(plan, 100.0 if plan.drafting else 1.0) for plan, _ in planner.costs[1]]
     planner.acceptance.stood = list(planner.acceptance.tried)  # all drafts stand
-    for size, drafts in ((1, True), (4, True), (1, True), (4, True), (8, False)):
+    for size in (1, 4, 8):
         planner.learned.pauses[size] = Pause(7, 2)
+    for size, drafts in ((4, True), (1, True), (4, True), (8, False)):  # what eight cost says nothing of four
         assert all(planner.choose(size).drafting == drafts for _ in range(4))
-    doubts = {size: pause.doubts for size, pause in planner.learned.pauses.items()}
-    assert doubts == {1: 1, 4: 3, 8: 2}  # four went on, then eight did not
+    assert {size: pause.doubts for size, pause in planner.learned.pauses.items()} == {1: 1, 4: 0, 8: 2}
+    assert planner.choose(4).drafting
+    planner.acceptance.stood = [0.0] * 15
+    assert not planner.choose(1).drafting
+    assert planner.learned.pauses[4] == Pause(0, 1)
 
 
 def test_a_look_that_is_cut_short_is_not_taken_again_at_once():
@@ -352,7 +356,7 @@ def test_a_look_captures_nothing_if_it_can():
     planner = planner_with({(1, 0): 1e-3, (8, 8): 4e-3, (4, 4): 8e-3})
     for captured, wanted in (((4, 4), {1, 4}), ((8, 8), {1, 8}), ((2, 2), {1})):
         planner.ready = lambda plan, rows, shape=captured: plan.key == plan_of(shape).key
-        planner._size = 0
+        planner.begin()
         plans = [planner.choose(1) for _ in range(3000)]
         assert {plan.draft_length for plan in plans} == wanted
     while not (plan := planner.choose(1)).drafting:  # once the capture is a small share
@@ -739,7 +743,7 @@ def test_a_batch_that_shrinks_works_nothing_out_twice(monkeypatch):
         "tidar.decode.planner.expected_tokens", lambda *given: asked.append(given) or expected_tokens(*given)
     )
     for _ in range(4):
-        planner._size = 0
+        planner.begin()
         planner.acceptance.relax()
         for size in (64, 32, 16, 8, 4, 2, 1):
             planner.first(size)

@@ -251,7 +251,8 @@ def check_server(folder: str) -> dict[str, Any]:
             assert process.poll() is None, log.read_text()[-3000:]
             assert time.perf_counter() - started < LONGEST, log.read_text()[-3000:]
             time.sleep(1)
-        print(f"server: answers after {time.perf_counter() - started:.0f} s", flush=True)
+        figures: dict[str, Any] = {"answers_after_s": round(time.perf_counter() - started)}
+        print(f"server: answers after {figures['answers_after_s']} s", flush=True)
         shape = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}}
         jobs = [(text, {}) for text in TEXTS] + [("Name a large city.", {"response_format": shape})] * 3
         texts = [""] * len(jobs)
@@ -279,7 +280,8 @@ def check_server(folder: str) -> dict[str, Any]:
         tests = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"{suite}::TestVLLMServer", "-k", steady]
         ended = subprocess.run(tests, env=where, cwd=suite.parent, capture_output=True, text=True, check=False)
         assert ended.returncode == 0, ended.stdout[-6000:] + ended.stderr[-1000:]
-        return {"tokens_per_step": round(tokens / steps, 2), "suite": ended.stdout.splitlines()[-1]}
+        figures |= {"drafting_steps": round(steps), "tokens_per_step": round(tokens / steps, 2)}
+        return figures | {"suite": ended.stdout.splitlines()[-1]}
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)

@@ -56,8 +56,8 @@ GSM8K or MT-Bench the slowest took 1.3 to 1.4 times the forwards of their mean (
 is asked for has not been timed."""
 HOLD = 0.5
 """Share of UNEVEN that it must promise to go on, whether prompts wait or not: its rows are out of step by then, and
-stay so if it stops. On an H200 MT-Bench in batches of 16 decodes 1% slower than plainly if all of it drafts, and 5% if
-runs stop after four forwards (results/speed-smollm2-135m-batches-h200 and hold-smollm2-135m-h200)."""
+stay so if it stops. On an H200 MT-Bench in batches of 16 decodes 1% slower than plainly if all of it drafts, and 5%
+where runs began with drafts and gave them up (results/speed-smollm2-135m-batches-h200, hold-smollm2-135m-h200)."""
 LOOK_AGAIN = 64
 """Fewest plain steps before a look at whether drafting pays after all.
 
@@ -80,8 +80,8 @@ run ends. On an H200 it came to 50 to 150 with 64 MT-Bench prompts in batches of
 STAGGER_LAST = 10.0
 """The same once none waits: rows out of step end one by one. With 64 GSM8K prompts in one batch it came to 6."""
 CAPTURE = 0.15
-"""Seconds that capturing a step takes: of 135M parameters on an H200 0.03 to 0.05 where its kernels are compiled, which
-Triton keeps on disk, else up to 3 (results/captures-smollm2-135m-h200)."""
+"""Seconds that capturing a step takes, as a guess between the two: of 135M parameters on an H200 0.03 to 0.05 where its
+kernels are compiled, which Triton keeps on disk, else up to 3 (results/captures-smollm2-135m-h200)."""
 MOST_LEARNED = 64
 """Sampling parameters whose acceptance is kept; a server may be asked for any number of temperatures."""
 LOOK = 4
@@ -317,13 +317,13 @@ class AutoPlanner:
         if (size, last) != (self._size, self._last):
             before, drafted = self._size, self._running.drafting
             shrunk = self.in_step and size < before and not drafted
+            if drafted:  # by what is best there: another size has other costs
+                self.learned.pauses[before].judge(self.best(before, self._last).drafting)
             self._size, self._last = size, last
             if shrunk:
                 self._plan, self._left = self._running, LOOK_AGAIN
             else:
                 self._settle()
-                if drafted:
-                    self.learned.pauses[before].judge(self._running.drafting)
         elif not self._left:
             self._turn()
         self._left, self._age = self._left - 1, self._age + 1

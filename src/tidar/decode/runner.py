@@ -53,7 +53,7 @@ STAND_INS = ((2, 1), (1, 2), (4, 1), (2, 2), (1, 4))
 STAND_IN_USES = 8
 """Captured prefills of other sizes that take the place of an eager one: (how many of them, how many times as wide). A
 size waits STAND_IN_USES times longer for its own graph then. An eager prefill of 135M parameters takes 25 to 40 ms on
-an H100, whatever its size, a captured one some 3 ms, and to capture one 30 to 55 ms on an H200, or a second if its
+an H100, whatever its size, a captured one some 3 ms, and to capture one 32 to 55 ms on an H200, or seconds if its
 kernels must be compiled (results/captures-smollm2-135m-h200)."""
 
 
@@ -209,7 +209,7 @@ class GraphRunner(Runner):
     def __init__(self, network: Network) -> None:
         super().__init__(network)
         self.graphs: OrderedDict[tuple, Captured] = OrderedDict()
-        self.met = Counter[tuple]()  # how often things came that are not captured yet
+        self.met = Counter[tuple]()  # what came that is not captured yet, see `_comes_often`
         self.pool = torch.cuda.graph_pool_handle()
         self.weights = sum(p.numel() for p in network.lm.parameters())
 
@@ -257,8 +257,8 @@ class GraphRunner(Runner):
         return not _lasting(plan) or (plan.key, rows) in self.graphs
 
     def shrinks(self, plan: Plan, places: int, rows: int) -> bool:
-        uses = SHRINK_SLOTS // ((places - rows) * (plan.slots + SHRINK_ROW))
-        return self.ready(plan, rows) or self._comes_often((plan.key, rows), uses)
+        slots = (places - rows) * (plan.slots + SHRINK_ROW)
+        return self.ready(plan, rows) or self._comes_often((plan.key, rows), SHRINK_SLOTS, slots)
 
     @torch.inference_mode()
     def step(self, plan: Plan, rows: int, longest: int) -> Pending:
@@ -296,14 +296,14 @@ class GraphRunner(Runner):
         often = self._comes_often(wanted, PREFILL_USES * (1 if found is None else STAND_IN_USES))
         return wanted if often else found
 
-    def _comes_often(self, key: tuple, uses: int) -> bool:
-        """Whether something has come so many times before that its capture is worth it."""
-        if not self.patient or self.met[key] >= uses:
+    def _comes_often(self, key: tuple, most: int, weight: int = 1) -> bool:
+        """Whether something has come so often before, by weight, that its capture is worth it."""
+        if not self.patient or self.met[key] >= most:
             del self.met[key]
             return True
         if len(self.met) > MOST_GRAPHS:
             self.met.clear()
-        self.met[key] += 1
+        self.met[key] += weight
         return False
 
     def _admit(

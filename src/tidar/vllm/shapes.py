@@ -43,9 +43,9 @@ READS = 3e12
 """Bytes of weights a second that the least of forwards reads, on that card."""
 HOST = {False: (1.25e-3, 0.03e-3), True: (2.0e-3, 0.25e-3)}
 """Seconds that vLLM's host code takes for a step, and for each of its requests, plain and drafting: where weights are
-few, steps take no less. From SmolLM2-135M on an H200 machine, prompts that join between drafting steps included (at
-6bd3391; at e7a2f81 a faster host took 1.7 ms for a drafting step with one request and 2.9 with four, by the rates in
-results/serve-smollm2-135m-h200.json)."""
+few, steps take no less. From SmolLM2-135M on an H200 machine, prompts that join between drafting steps included. Hosts
+differ: by the rates of runs since, a drafting step with one request took 1.7 ms and with four 2.9 (at e7a2f81,
+results/serve-smollm2-135m-h200.json), or 2.7 and 3.8 (at a7bd0e9)."""
 MARGIN = 1.25
 """Drafting must promise this much more than plain decoding: the costs know nothing of attention over long prefixes, of
 prompts that join, and of steps for which there is no full graph."""
