@@ -447,15 +447,14 @@ def test_the_next_run_begins_with_what_was_learned():
     sampled = AutoPlanner(SamplingParams(0.8))
     sampled.prepare(Runner(network), 1)
     assert sampled.acceptance.survival[0] == pytest.approx(PRIOR)
-    sampled.costs[1] = [(plan_of((1, 0)), 1.0), (plan_of((8, 8)), 1.1)]
+    cheap, dear = ([(plan_of((1, 0)), 1.0), (plan_of((8, 8)), cost)] for cost in (1.1, 100.0))
+    sampled.costs[1] = cheap
     assert all(sampled.choose(1).drafting for _ in range(100))
-    sampled.costs[1] = [(plan, 100.0 if plan.drafting else 1.0) for plan, _ in sampled.costs[1]]
-    assert sampled.choose(1).drafting  # it goes on for a while
     sampled.prepare(Runner(network), 1)
-    sampled.costs[1] = [(plan_of((1, 0)), 1.0), (plan_of((8, 8)), 1.1)]
-    sampled.choose(1)
-    sampled.costs[1] = [(plan, 100.0 if plan.drafting else 1.0) for plan, _ in sampled.costs[1]]
-    assert [sampled.choose(1).drafting for _ in range(4)] == [True] * 3 + [False]  # as in every run's beginning
+    sampled.costs[1] = cheap
+    assert sampled.choose(1).drafting
+    sampled.costs[1] = dear  # thought of after four forwards, as in every run's beginning
+    assert [sampled.choose(1).drafting for _ in range(4)] == [True] * 3 + [False]
 
 
 @pytest.mark.parametrize("forwards", [10, 60, 256])

@@ -402,9 +402,8 @@ def test_a_batch_shrinks_once_that_is_worth_a_capture(monkeypatch):
     plain = math.ceil(module.SHRINK_SLOTS / (2 * (1 + module.SHRINK_ROW)))
     for one, places, uses in ((plan, 8, 2), (plan, 4, 6), (Plan(1), 4, plain)):
         assert [runner.shrinks(one, places, 2) for _ in range(uses + 1)] == [False] * uses + [True]
-    assert [runner.shrinks(plan, places, 2) for places in (6, 8, 4, 4)] == [False] * 3 + [
-        True
-    ]  # 4, 6 and 2 of 12 saved
+    # Of 12 places' worth 4, 6 and 2 are saved by other sizes.
+    assert [runner.shrinks(plan, places, 2) for places in (6, 8, 4, 4)] == [False] * 3 + [True]
     runner.step(plan, 1, 0)
     assert runner.shrinks(plan, 2, 1)  # captured
 

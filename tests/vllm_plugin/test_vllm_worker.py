@@ -1,4 +1,4 @@
-"""Which of a step's CUDA graphs vLLM is to record, asked of its own class without a GPU."""
+"""What is refused at start, and which of a step's CUDA graphs vLLM records, asked of its own class without a GPU."""
 
 from types import SimpleNamespace
 
@@ -12,7 +12,9 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 from vllm.v1.worker.gpu_worker import Worker
 
+from tidar.errors import TidarError
 from tidar.vllm.sampler import TidarSampler
+from tidar.vllm.state import check_supported
 from tidar.vllm.step import Buffers, Drafts
 from tidar.vllm.worker import TidarWorker, add_uniform
 
@@ -100,3 +102,28 @@ def test_what_the_plug_in_holds_is_not_left_for_the_cache(monkeypatch, measured,
     monkeypatch.setattr("torch.cuda.memory_allocated", lambda: next(held))
     made.load_model(load_dummy_weights=True)
     assert made.model_runner.model_memory_usage == counted
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "said"),
+    [
+        ("model_config", "uses_mrope", True, "M-RoPE"),
+        ("model_config", "enable_prompt_embeds", True, "prompt embeddings"),
+        ("parallel_config", "pipeline_parallel_size", 2, "pipeline"),
+        ("cache_config", "cache_dtype", "fp8_e4m3", "KV cache"),
+        (None, "speculative_config", object(), "--speculative-config"),
+        (None, "lora_config", object(), "--enable-lora"),
+    ],
+)
+def test_what_drafting_cannot_do_is_refused_by_name(part, name, value, said):
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1, decode_context_parallel_size=1, data_parallel_size=1),
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+        model_config=SimpleNamespace(uses_mrope=False, enable_prompt_embeds=False),
+        lora_config=None,
+        speculative_config=None,
+    )
+    check_supported(config)
+    setattr(getattr(config, part) if part else config, name, value)
+    with pytest.raises(TidarError, match=said):
+        check_supported(config)

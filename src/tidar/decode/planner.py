@@ -315,10 +315,9 @@ class AutoPlanner:
     def choose(self, rows: int, last: bool = False) -> Plan:
         size = power_of_two(rows)
         if (size, last) != (self._size, self._last):
-            before, drafted = self._size, self._running.drafting
-            shrunk = self.in_step and size < before and not drafted
-            if drafted:  # by what is best there: another size has other costs
-                self.learned.pauses[before].judge(self.best(before, self._last).drafting)
+            shrunk = self.in_step and size < self._size and not self._running.drafting
+            if self._running.drafting:  # by what is best there: another size has other costs
+                self._pause.judge(self.best(self._size, self._last).drafting)
             self._size, self._last = size, last
             if shrunk:
                 self._plan, self._left = self._running, LOOK_AGAIN
